@@ -1,0 +1,34 @@
+# make pipeline [DATA=folder]   train, evaluate and infer; the first time installs into .venv
+# make test                     the tests
+# make sample                   draw the synthetic pictures in data/
+# make lint                     style of the code
+# make bench                    what MLflow costs, measured
+
+PYTHON := .venv/bin/python
+ARGS := $(if $(DATA),--data "$(DATA)")
+
+.PHONY: pipeline test sample lint bench
+
+pipeline: .venv/.installed
+ifeq ($(DATA)$(DATA_PATH),)
+	@find data/train -type f ! -name '.*' 2>/dev/null | grep -q . || $(PYTHON) data/sample.py
+endif
+	$(PYTHON) src/train.py $(ARGS)
+	$(PYTHON) src/evaluation.py $(ARGS)
+	$(PYTHON) src/inference.py $(ARGS)
+
+test: .venv/.installed
+	$(PYTHON) -m pytest
+
+sample: .venv/.installed
+	$(PYTHON) data/sample.py
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/.installed
+	$(PYTHON) tests/benchmarks/tracking_cost.py
+
+.venv/.installed: requirements.txt .ci/setup
+	@sh .ci/setup

@@ -1,0 +1,5 @@
+"""Finds defects in pictures of castings: what the scripts of the pipeline share."""
+
+
+class PipelineError(Exception):
+    """Something that the user can mend; the message says what, where and how, in one line."""

@@ -1,0 +1,81 @@
+"""The served model: pictures in, verdicts out, by the LiteRT runtime. Never imports TensorFlow."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from ai_edge_litert.interpreter import Interpreter
+
+from defect_detection import PipelineError, images, metrics
+
+# A flavour of the registered model, beside MLflow's own: its entry in the file MLmodel.
+FLAVOUR = "litert"
+MODEL_FILE = "model.tflite"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model says of one picture; the probability is that of a defect, in [0, 1]."""
+
+    verdict: str
+    probability: float
+
+
+class Classifier:
+    """A LiteRT model with the image size and threshold that it was saved with."""
+
+    def __init__(self, model: bytes, image_size: tuple[int, int], threshold: float):
+        self.image_size = image_size
+        self.threshold = threshold
+        self._interpreter = Interpreter(model_content=model, num_threads=os.cpu_count())
+        self._input = self._interpreter.get_input_details()[0]["index"]
+        self._output = self._interpreter.get_output_details()[0]["index"]
+        self._batch = 0
+
+    @classmethod
+    def load(cls, folder: Path) -> "Classifier":
+        """Load a registered model from its folder.
+
+        Raises:
+            PipelineError: the folder holds no model with the LiteRT flavour.
+        """
+        try:
+            flavours = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]
+            flavour = flavours[FLAVOUR]
+            model = (folder / flavour["data"]).read_bytes()
+        except (OSError, KeyError) as error:
+            raise PipelineError(
+                f"{folder} holds no model that this version can serve ({error}). Train a new one"
+            ) from error
+        return cls(model, tuple(flavour["image_size"]), flavour["threshold"])
+
+    def probabilities(self, pictures: np.ndarray) -> np.ndarray:
+        """Return the probability of a defect, float32 (n,), for uint8 (n, height, width, 1)."""
+        scores = [
+            self._invoke(pictures[start : start + BATCH])
+            for start in range(0, len(pictures), BATCH)
+        ]
+        return np.concatenate(scores) if scores else np.empty(0, np.float32)
+
+    def classify(self, source: Path | bytes) -> Verdict:
+        """Decode and judge one picture.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        picture = images.decode(source, self.image_size)
+        probability = float(self.probabilities(picture[np.newaxis])[0])
+        found = metrics.is_defect(probability, self.threshold)
+        return Verdict("defect" if found else "ok", probability)
+
+    def _invoke(self, pictures: np.ndarray) -> np.ndarray:
+        if len(pictures) != self._batch:
+            self._interpreter.resize_tensor_input(self._input, pictures.shape)
+            self._interpreter.allocate_tensors()
+            self._batch = len(pictures)
+        self._interpreter.set_tensor(self._input, pictures.astype(np.float32))
+        self._interpreter.invoke()
+        return self._interpreter.get_tensor(self._output)[:, 0]

@@ -1,0 +1,207 @@
+"""`.env` and the YAML files, read strictly into frozen dataclasses."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from dotenv import dotenv_values
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from defect_detection import PipelineError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG_FILE = ROOT / "src" / "config.yaml"
+ENV_FILE = ROOT / ".env"
+
+T = TypeVar("T")
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=16, le=2048)]
+ImageSize = tuple[Side, Side]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Paths:
+    """Files and folders; relative ones count from the project's root."""
+
+    data_path: Name
+    best_model: Name
+    cache: Name
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HyperParameters:
+    """One set that `train.py` fits: the layers of the CNN and how it learns."""
+
+    name: Name
+    filters: Annotated[list[Count], Field(min_length=1)]
+    dropout: Share
+    learning_rate: Rate
+    batch_size: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelParameters:
+    """What all sets share. `image_size` is height and width in pixels."""
+
+    image_size: ImageSize
+    epochs: Count
+    patience: Count
+    validation_share: Rate
+    seed: Annotated[int, Field(ge=0)]
+    sets: Annotated[list[HyperParameters], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        """Refuse two sets of one name: their runs could not be told apart."""
+        twice = [name for name, n in Counter(s.name for s in self.sets).items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"two sets are named {twice[0]!r}, expected a name of its own for each"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MLflowNames:
+    """Experiments, registered models and aliases."""
+
+    experiment_name: Name
+    production_model_name: Name
+    production_model_alias: Name
+    testing_model_name: Name
+    testing_model_alias: Name
+    evaluation_threshold: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class InferenceExamples:
+    """Pictures to run when none are given; relative to the data folder."""
+
+    defective_image: Name
+    ok_image: Name
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """`src/config.yaml`."""
+
+    paths: Paths
+    model_parameters: ModelParameters
+    mlflow: MLflowNames
+    inference_examples: InferenceExamples
+
+
+def read_yaml(path: Path, kind: type[T]) -> T:
+    """Read a YAML file into the dataclass `kind`.
+
+    Raises:
+        PipelineError: the file is missing or no YAML; a key is unknown or missing; a value is of
+            the wrong type or out of range. The message names file, key and what is expected.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        # As JSON, since only there a strict pydantic takes a list where a tuple is declared.
+        return TypeAdapter(kind).validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        raise PipelineError(f"{path}: {_explain(error, kind)}") from error
+
+
+def _explain(error: ValidationError, kind: type) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(f.name for f in fields(_type_at(kind, first["loc"][:-1])))
+        return f"{key} is not a known key, expected one of: {known}{more}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing, expected {_describe(_type_at(kind, first['loc']))}{more}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}{more}"
+    got = json.dumps(first["input"])
+    return f"{key} is {got[:60]}, expected {_describe(_type_at(kind, first['loc']))}{more}"
+
+
+def _type_at(kind: Any, location: tuple) -> Any:
+    """Return the declared type at a location such as ("model_parameters", "sets", 0)."""
+    for part in location:
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        if isinstance(part, int):
+            kind = get_args(kind)[min(part, len(get_args(kind)) - 1)]
+        else:
+            kind = get_type_hints(kind, include_extras=True)[part]
+    return kind
+
+
+def _describe(kind: Any) -> str:
+    """Say what a declared type admits: 'a whole number, at least 1'."""
+    if is_dataclass(kind):
+        return "the keys " + ", ".join(f.name for f in fields(kind))
+    schema = TypeAdapter(kind).json_schema()
+    names = {"integer": "a whole number", "number": "a number", "string": "a text"}
+    limits = {
+        "minimum": "at least",
+        "exclusiveMinimum": "more than",
+        "maximum": "at most",
+        "exclusiveMaximum": "less than",
+    }
+    if schema["type"] == "array" and schema.get("minItems") == schema.get("maxItems"):
+        each = _describe(get_args(kind)[0])
+        return f"a list of {schema['minItems']}, each {each}"
+    if schema["type"] == "array":
+        return "a list that is not empty"
+    text = names[schema["type"]]
+    if schema["type"] == "string":
+        return f"{text} that is not empty"
+    return ", ".join(
+        [text] + [f"{words} {schema[k]}" for k, words in limits.items() if k in schema]
+    )
+
+
+def environment(environ: Mapping[str, str] = os.environ, env_file: Path = ENV_FILE) -> dict:
+    """Merge `.env` with the process's environment, which wins; empty values count as unset."""
+    merged = {**dotenv_values(env_file), **environ}
+    return {name: value for name, value in merged.items() if value}
+
+
+def from_root(path: str | Path) -> Path:
+    """Make a path absolute; a relative one counts from the project's root."""
+    return (ROOT / path).resolve()
+
+
+def tracking_uri(env: Mapping[str, str]) -> str:
+    """Return MLFLOW_TRACKING_URI with a relative sqlite or file path made absolute.
+
+    Relative means relative to the project's root, from whichever folder a script is started.
+
+    Raises:
+        PipelineError: the variable is neither in `.env` nor in the environment.
+    """
+    uri = env.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        raise PipelineError(
+            f"MLFLOW_TRACKING_URI is not set. Put MLFLOW_TRACKING_URI=sqlite:///mlflow.db "
+            f"into {ENV_FILE}"
+        )
+    if uri.startswith("sqlite:///"):
+        return "sqlite:///" + str(from_root(uri.removeprefix("sqlite:///")))
+    if uri.startswith("file:"):
+        path = uri.removeprefix("file:")
+        return from_root(path.removeprefix("//") if path.startswith("//") else path).as_uri()
+    if "://" not in uri:
+        return from_root(uri).as_uri()
+    return uri

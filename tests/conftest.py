@@ -1,0 +1,156 @@
+"""What several tests need: drawn pictures, a tracking store, a copy of the project to run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from defect_detection import settings, tracking
+
+ROOT = settings.ROOT
+CASTINGS = ROOT.parent / "shared" / "data" / "casting"
+
+
+def draw_part(rng: np.random.Generator, defect: bool, side: int = 96) -> Image.Image:
+    """Draw a bright disc; a defect is a black spot on it, easy enough to learn in seconds."""
+    image = Image.new("L", (side, side), 200)
+    pen = ImageDraw.Draw(image)
+    radius, centre = side * rng.uniform(0.36, 0.44), side / 2 + rng.uniform(-3, 3)
+    box = (centre - radius, centre - radius, centre + radius, centre + radius)
+    pen.ellipse(box, fill=int(rng.uniform(120, 150)), outline=60, width=3)
+    if defect:
+        x, y = centre + rng.uniform(-0.5, 0.5, 2) * radius
+        r = side * rng.uniform(0.07, 0.11)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=10)
+    noise = rng.normal(0, 3, (side, side))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def draw_folders(data: Path, train: int, test: int, seed: int = 0) -> Path:
+    """Draw `train` and `test` pictures of each class below `data`; return `data`."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("test", test)):
+        for name in ("def_front", "ok_front"):
+            folder = data / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = draw_part(rng, defect=name == "def_front")
+                image.save(folder / f"part_{number:03}.jpeg", quality=92)
+    return data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A small data folder of the test's own, to break as it likes."""
+    return draw_folders(tmp_path / "pictures", train=10, test=4)
+
+
+@pytest.fixture(scope="session")
+def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with enough pictures to learn from; not to be changed."""
+    return draw_folders(tmp_path_factory.mktemp("learnable"), train=80, test=20)
+
+
+@pytest.fixture(scope="session")
+def _store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    with tracking.connected(uri):
+        tracking.open_experiment("first")  # the migrations of a new store take seconds
+    return uri
+
+
+@pytest.fixture
+def store(_store: str):
+    """A tracking store that is connected; names in it are shared by the tests of a session."""
+    with tracking.connected(_store):
+        yield _store
+
+
+class Project:
+    """A copy of the project in a folder of its own, with small models that are fitted quickly."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / ".env", root)
+        self.data = root / "data"
+        self.configure(lambda config: config["model_parameters"].update(SMALL))
+
+    def configure(self, change: Callable[[dict], None]) -> None:
+        """Change src/config.yaml."""
+        file = self.root / "src" / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        change(config)
+        file.write_text(yaml.safe_dump(config))
+
+    def run(
+        self, script: str, *arguments: object, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
+        """Run a script as a user would; from another folder if `cwd` says so."""
+        return subprocess.run(
+            [sys.executable, self.root / script, *map(str, arguments)],
+            cwd=cwd or self.root,
+            env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    def succeed(self, script: str, *arguments: object, **options) -> str:
+        """Run a script that must end well; return what it printed."""
+        done = self.run(script, *arguments, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def fail(self, script: str, *arguments: object, **options) -> str:
+        """Run a script that must fail; return its last line, having seen that it is no traceback.
+
+        Warnings that name skipped pictures may stand before it.
+        """
+        done = self.run(script, *arguments, **options)
+        assert done.returncode not in (0, 2), done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: "), done.stderr
+        return last
+
+
+SMALL = {
+    "image_size": [64, 64],
+    "epochs": 8,
+    "sets": [
+        {
+            "name": name,
+            "filters": filters,
+            "dropout": 0.1,
+            "learning_rate": rate,
+            "batch_size": 16,
+        }
+        for name, filters, rate in (
+            ("one", [8, 16], 0.01),
+            ("two", [8, 12, 16], 0.01),
+            ("three", [12, 16], 0.005),
+        )
+    ],
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A copy of the project without data."""
+    return Project(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def castings() -> Path:
+    """The real castings, where they are."""
+    if not CASTINGS.is_dir():
+        pytest.skip("the real castings are not here (../shared/data/casting)")
+    return CASTINGS

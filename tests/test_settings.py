@@ -1,0 +1,123 @@
+"""src/config.yaml and .env."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from defect_detection import PipelineError, settings
+from defect_detection.settings import CONFIG_FILE, ROOT, Config
+
+
+@pytest.fixture
+def broken(tmp_path: Path):
+    """Write the real configuration with one change; return the message that it gets."""
+
+    def message(change) -> str:
+        config = yaml.safe_load(CONFIG_FILE.read_text())
+        change(config)
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        with pytest.raises(PipelineError) as raised:
+            settings.read_yaml(file, Config)
+        assert str(file) in str(raised.value)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return message
+
+
+def test_the_configuration_has_three_sets_that_differ_in_more_than_one_respect():
+    sets = settings.read_yaml(CONFIG_FILE, Config).model_parameters.sets
+    assert len(sets) == 3
+    for i, one in enumerate(sets):
+        for other in sets[i + 1 :]:
+            differing = [k for k, v in vars(one).items() if v != getattr(other, k) and k != "name"]
+            assert len(differing) > 1
+
+
+def test_unknown_key_is_named_with_the_known_ones(broken):
+    message = broken(lambda c: c["model_parameters"].update(epoch=3))
+    assert "model_parameters.epoch is not a known key, expected one of: image_size" in message
+
+
+def test_missing_key_is_named_with_what_is_expected(broken):
+    message = broken(lambda c: c["model_parameters"].pop("epochs"))
+    assert "model_parameters.epochs is missing, expected a whole number, at least 1" in message
+
+
+def test_missing_section_is_named_with_its_keys(broken):
+    message = broken(lambda c: c.pop("paths"))
+    assert "paths is missing, expected the keys data_path, best_model, cache" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("model_parameters", "epochs", "12", 'epochs is "12", expected a whole number'),
+        ("model_parameters", "epochs", True, "epochs is true, expected a whole number"),
+        ("model_parameters", "epochs", 0, "epochs is 0, expected a whole number, at least 1"),
+        ("model_parameters", "epochs", 1.5, "epochs is 1.5, expected a whole number"),
+        ("model_parameters", "sets", [], "sets is [], expected a list that is not empty"),
+        ("model_parameters", "sets", None, "sets is null, expected a list that is not empty"),
+        ("model_parameters", "image_size", [128], "image_size"),
+        ("model_parameters", "image_size", [128, 4], "image_size.1 is 4, expected a whole number"),
+        ("model_parameters", "validation_share", 1.0, "more than 0, less than 1"),
+        ("mlflow", "evaluation_threshold", "60 %", 'threshold is "60 %", expected a number'),
+        ("mlflow", "experiment_name", "", "experiment_name"),
+        ("paths", "data_path", 3, "data_path is 3, expected a text"),
+    ],
+)
+def test_wrong_value_is_named_with_what_is_expected(broken, section, key, value, expected):
+    assert expected in broken(lambda c: c[section].update({key: value}))
+
+
+def test_wrong_value_inside_a_set_is_named_by_its_place(broken):
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(dropout="high"))
+    assert 'model_parameters.sets.1.dropout is "high", expected a number' in message
+
+
+def test_two_sets_of_one_name_are_refused(broken):
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(name="compact"))
+    assert "two sets are named 'compact'" in message
+
+
+@pytest.mark.parametrize("text", ["a: [1", "", "- 1\n- 2", "3"])
+def test_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(PipelineError, match="config.yaml") as raised:
+        settings.read_yaml(file, Config)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"none\.yaml: cannot be read"):
+        settings.read_yaml(tmp_path / "none.yaml", Config)
+
+
+def test_environment_wins_over_the_file_and_empty_is_unset(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("A=file\nB=file\nC=file\n")
+    assert settings.environment({"A": "shell", "B": ""}, file) == {"A": "shell", "C": "file"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///mlflow.db", f"sqlite:///{ROOT}/mlflow.db"),
+        ("sqlite:////var/mlflow.db", "sqlite:////var/mlflow.db"),
+        ("file:./mlruns", f"file://{ROOT}/mlruns"),
+        ("file:///var/mlruns", "file:///var/mlruns"),
+        ("mlruns", f"file://{ROOT}/mlruns"),
+        ("http://10.0.0.1:5000", "http://10.0.0.1:5000"),
+    ],
+)
+def test_relative_store_counts_from_the_projects_root(uri, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert settings.tracking_uri({"MLFLOW_TRACKING_URI": uri}) == expected
+
+
+def test_unset_tracking_uri_is_named_with_what_to_write():
+    with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI=sqlite"):
+        settings.tracking_uri({})
