@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from defect_detection import PipelineError, images
 from defect_detection.files import replacing
 
 log = logging.getLogger(__name__)
+
+Skipped = tuple[tuple[str, str], ...]  # path and reason of each unreadable picture
 
 # Written once, here: the order of the folders and which of them is positive. A label and a score
 # both speak of the defect: 1 is a defect for certain.
@@ -41,7 +44,7 @@ class Dataset:
     labels: np.ndarray
     paths: tuple[str, ...]
     digest: str
-    skipped: tuple[tuple[str, str], ...]
+    skipped: Skipped
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -69,17 +72,15 @@ def load(data: Path, split: str, image_size: tuple[int, int], cache: Path) -> Da
     paths = [path for name in CLASSES for path in _pictures(data / split / name)]
     digest = _digest(paths, data)
     height, width = image_size
-    stem = f"{split}-{digest[:16]}-{height}x{width}-{images.PREPROCESSING}"
-    pixels_file, skipped_file = cache / f"{stem}.npy", cache / f"{stem}.json"
-    try:
-        skipped = tuple((p, why) for p, why in json.loads(skipped_file.read_text()))
-        pixels = np.load(pixels_file, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):  # not there, or damaged
+    stem = cache / f"{split}-{digest[:16]}-{height}x{width}-{images.PREPROCESSING}"
+    skipped = _cached(stem, len(paths), image_size)
+    if skipped is None:
         log.info("Decoding %d pictures of %s", len(paths), data / split)
-        skipped = _decode_all(paths, data, image_size, pixels_file, skipped_file)
-        pixels = np.load(pixels_file, mmap_mode="r")
+        skipped = _decode_all(paths, data, image_size, stem)
         _delete_old(cache)
     refuse_many_skipped(skipped, len(paths), str(data / split))
+    shape = (len(paths) - len(skipped), height, width, 1)
+    pixels = np.memmap(_pixels(stem), np.uint8, "r", shape=shape)
 
     unreadable = {path for path, _ in skipped}
     names = [p.relative_to(data).as_posix() for p in paths]
@@ -132,7 +133,7 @@ def list_pictures(folder: Path) -> list[Path]:
     )
 
 
-def refuse_many_skipped(skipped: tuple[tuple[str, str], ...], total: int, where: str) -> None:
+def refuse_many_skipped(skipped: Skipped, total: int, where: str) -> None:
     """Name and count the unreadable pictures of `total`.
 
     Raises:
@@ -179,31 +180,35 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def _decode_all(
-    paths: list[Path],
-    data: Path,
-    image_size: tuple[int, int],
-    pixels_file: Path,
-    skipped_file: Path,
-) -> tuple[tuple[str, str], ...]:
-    """Decode into `pixels_file`; return, and write to `skipped_file`, what is unreadable."""
-    skipped, row = [], 0
-    with replacing(pixels_file) as temporary:
-        # The number of rows is known only after decoding, and a .npy says it in front.
-        pixels = np.lib.format.open_memmap(
-            temporary, mode="w+", dtype=np.uint8, shape=(len(paths), *image_size, 1)
-        )
+def _pixels(stem: Path) -> Path:
+    return stem.with_suffix(".pixels")
+
+
+def _skipped(stem: Path) -> Path:
+    return stem.with_suffix(".json")
+
+
+def _cached(stem: Path, total: int, image_size: tuple[int, int]) -> Skipped | None:
+    """Return what was skipped when the pictures were decoded; None if the cache is not whole."""
+    try:
+        skipped = tuple((path, why) for path, why in json.loads(_skipped(stem).read_text()))
+        size = _pixels(stem).stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    return skipped if size == (total - len(skipped)) * math.prod(image_size) else None
+
+
+def _decode_all(paths: list[Path], data: Path, image_size: tuple[int, int], stem: Path) -> Skipped:
+    """Decode into the cache, one readable picture's bytes after the other; return the rest."""
+    skipped = []
+    with replacing(_pixels(stem)) as temporary, temporary.open("wb") as file:
         for path, image in _decoded(paths, image_size):
             if isinstance(image, images.UnreadableImage):
                 skipped.append((path.relative_to(data).as_posix(), str(image)))
             else:
-                pixels[row] = image
-                row += 1
-        pixels.flush()
-        with replacing(skipped_file) as listing:
-            listing.write_text(json.dumps(skipped))
-        if skipped:
-            np.save(temporary.open("wb"), pixels[:row].copy())
+                file.write(image)
+    with replacing(_skipped(stem)) as temporary:
+        temporary.write_text(json.dumps(skipped))
     return tuple(skipped)
 
 
@@ -224,7 +229,7 @@ def _decoded(
 
 
 def _delete_old(cache: Path) -> None:
-    newest_first = sorted(cache.glob("*.npy"), key=lambda p: p.stat().st_mtime, reverse=True)
+    newest_first = sorted(cache.glob("*.pixels"), key=lambda p: p.stat().st_mtime, reverse=True)
     for old in newest_first[CACHES_KEPT:]:
         old.unlink(missing_ok=True)
         old.with_suffix(".json").unlink(missing_ok=True)

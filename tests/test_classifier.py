@@ -1,0 +1,29 @@
+"""The served model."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from defect_detection import PipelineError
+from defect_detection.classifier import Classifier
+
+
+@pytest.mark.parametrize("content", [None, "flavors: {}", "artifact_path: model"])
+def test_folder_without_the_litert_flavour_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "MLmodel").write_text(content)
+    with pytest.raises(PipelineError, match="holds no model that this version can serve"):
+        Classifier.load(tmp_path)
+
+
+def test_inference_imports_neither_tensorflow_nor_scikit_learn():
+    program = (
+        "import sys; sys.path.insert(0, 'src'); import inference;"
+        "print([m for m in ('tensorflow', 'keras', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

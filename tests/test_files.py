@@ -1,0 +1,47 @@
+"""Whole writes."""
+
+import os
+
+import pytest
+
+from defect_detection import PipelineError
+from defect_detection.files import replacing, require_writable
+
+
+def test_file_is_there_only_when_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "file"
+    with replacing(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+
+
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_new_file_gets_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PipelineError, match="file/.writable: cannot be written"):
+        require_writable(tmp_path / "file")
+
+
+def test_writable_folder_is_left_as_it_was(tmp_path):
+    require_writable(tmp_path)
+    assert os.listdir(tmp_path) == []

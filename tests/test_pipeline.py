@@ -1,0 +1,273 @@
+"""The three scripts as a user runs them, end to end, on each kind of store."""
+
+import csv
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from conftest import ROOT, Project, draw_folders, draw_part
+
+SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A tracking server on a free port of this machine."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module", params=["sqlite:///mlflow.db", "file:./mlruns", "server"])
+def trained(request, tmp_path_factory, learnable):
+    """The project after `train.py` and `evaluation.py`, for each kind of store."""
+    uri = request.param
+    if uri == "server":
+        uri = request.getfixturevalue("server")
+    project = Project(tmp_path_factory.mktemp("trained") / "project")
+    (project.root / ".env").write_text(f"MLFLOW_TRACKING_URI={uri}\n")
+    git = ["git", "-C", project.root, "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    project.printed = [
+        project.succeed(script, "--data", learnable, cwd=elsewhere)
+        for script in ("src/train.py", "src/evaluation.py")
+    ]
+    assert list(elsewhere.iterdir()) == []  # nothing is written where the user happens to be
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        project.uri = {
+            "sqlite:///mlflow.db": f"sqlite:///{project.root}/mlflow.db",
+            "file:./mlruns": f"file://{project.root}/mlruns",
+        }.get(uri, uri)
+        mlflow.set_tracking_uri(project.uri)
+        yield project
+
+
+def test_training_logs_three_runs_and_names_the_best(trained):
+    best = json.loads((trained.root / "best_model.json").read_text())
+    experiment = mlflow.get_experiment_by_name("train/casting")
+    runs = MlflowClient().search_runs([experiment.experiment_id])
+    assert sorted(run.data.tags["mlflow.runName"] for run in runs) == ["one", "three", "two"]
+    assert best["val_accuracy"] == max(run.data.metrics["best_val_accuracy"] for run in runs)
+    assert best["run_id"] in {run.info.run_id for run in runs}
+    commit = subprocess.run(
+        ["git", "-C", trained.root, "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert run.data.params["seed"] == "42"
+        assert run.data.params["training_def_front"] == "80"
+        assert run.data.tags["mlflow.source.git.commit"] == commit.stdout.strip()
+        assert run.inputs.dataset_inputs[0].dataset.digest == best["data_digest"][:16]
+        artifacts = [a.path for a in MlflowClient().list_artifacts(run.info.run_id)]
+        assert "learning_curves.png" in artifacts
+        for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+            history = MlflowClient().get_metric_history(run.info.run_id, name)
+            assert [metric.step for metric in history] == list(range(1, len(history) + 1))
+            assert len(history) > 1
+        assert run.info.run_id in trained.printed[0]
+
+
+def test_evaluation_registers_and_gives_the_alias(trained):
+    version = MlflowClient().get_model_version_by_alias("Production_Reg", "prod")
+    best = json.loads((trained.root / "best_model.json").read_text())
+    assert version.run_id == best["run_id"]
+    assert "defects let through" in version.description
+    experiment = mlflow.get_experiment_by_name("eval/casting")
+    (run,) = MlflowClient().search_runs([experiment.experiment_id])
+    assert run.data.tags["training_run_id"] == best["run_id"]
+    assert run.data.metrics["accuracy"] == float(version.tags["acc"])
+    counts = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/confusion_matrix.json")
+    assert sum(counts.values()) == 40
+    right = counts["defects_found"] + counts["ok_passed"]
+    assert right / 40 == pytest.approx(run.data.metrics["accuracy"])
+    artifacts = [a.path for a in MlflowClient().list_artifacts(run.info.run_id)]
+    assert "confusion_matrix.png" in artifacts
+    for name in ("roc_auc", "recall_def_front", "recall_ok_front"):
+        assert 0.5 < run.data.metrics[name] <= 1
+
+
+def test_registered_model_loads_as_keras(trained):
+    model = mlflow.tensorflow.load_model("models:/Production_Reg@prod")
+    assert model.input_shape == (None, 64, 64, 1)
+
+
+def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path):
+    rng = np.random.default_rng(99)
+    for folder, defect in (("bad", True), ("good", False)):
+        (tmp_path / folder).mkdir()
+        for number in range(10):
+            draw_part(rng, defect).save(tmp_path / folder / f"{number}.png")
+    arguments = [tmp_path / "bad", "good", "--csv", "a.csv", "--json", "a.json"]
+    printed = trained.succeed("src/inference.py", *arguments, cwd=tmp_path).splitlines()
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "verdict", "probability"]
+    assert len(rows) == len(printed) == 20
+    assert [row["path"] for row in rows[:1] + rows[10:11]] == [
+        str(tmp_path / "bad" / "0.png"),
+        "good/0.png",
+    ]
+    right = [row["verdict"] == ("defect" if "bad" in row["path"] else "ok") for row in rows]
+    assert sum(right) >= 18
+    for row, line in zip(rows, printed, strict=True):
+        assert (float(row["probability"]) >= 0.5) == (row["verdict"] == "defect")
+        assert line.split()[:2] == [row["path"], row["verdict"]]
+    listed = json.loads((tmp_path / "a.json").read_text())
+    assert [{k: str(v) for k, v in row.items()} for row in listed] == rows
+
+
+def test_without_pictures_the_first_of_each_class_stand_in_for_missing_examples(trained, learnable):
+    done = trained.run("src/inference.py", DATA_PATH=str(learnable))
+    assert done.returncode == 0
+    assert "cast_def_0_1153.jpeg is not there, running" in done.stderr
+    assert [Path(line.split()[0]).name for line in done.stdout.splitlines()] == [
+        "part_000.jpeg",
+        "part_000.jpeg",
+    ]
+
+
+def test_broken_pictures_are_named_and_the_others_judged(trained, tmp_path, learnable):
+    good = sorted((learnable / "test" / "ok_front").iterdir())
+    (tmp_path / "empty.jpeg").write_bytes(b"")
+    done = trained.run("src/inference.py", tmp_path / "empty.jpeg", *good, *good[:5])
+    assert done.returncode == 0
+    assert f"{tmp_path / 'empty.jpeg'} is empty (0 bytes): skipped" in done.stderr
+    assert len(done.stdout.splitlines()) == len(good) + 5
+    last = trained.fail("src/inference.py", tmp_path / "empty.jpeg", good[0])
+    assert "1 of 2 cannot be read, more than 5%" in last
+    assert "does not exist" in trained.fail("src/inference.py", tmp_path / "gone.jpeg")
+
+
+def test_worse_model_goes_to_testing_and_the_alias_stays(trained, learnable, tmp_path):
+    swapped = tmp_path / "swapped"
+    shutil.copytree(learnable / "test" / "def_front", swapped / "test" / "ok_front")
+    shutil.copytree(learnable / "test" / "ok_front", swapped / "test" / "def_front")
+    printed = trained.succeed("src/evaluation.py", "--data", swapped)
+    assert "Registered as Testing_Reg version 1, below the threshold of 60%" in printed
+    client = MlflowClient()
+    assert str(client.get_model_version_by_alias("Testing_Reg", "re-train").version) == "1"
+    assert str(client.get_model_version_by_alias("Production_Reg", "prod").version) == "1"
+
+
+def test_same_seed_gives_the_same_validation_accuracy(trained, learnable):
+    if not trained.uri.startswith("sqlite"):
+        pytest.skip("says nothing of the store")
+    first = json.loads((trained.root / "best_model.json").read_text())
+    trained.succeed("src/train.py", "--data", learnable)
+    second = json.loads((trained.root / "best_model.json").read_text())
+    assert first["run_id"] != second["run_id"]
+    assert abs(first["val_accuracy"] - second["val_accuracy"]) < 1e-6
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_an_example(script):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"example:\n  python {script}" in done.stdout
+    assert "--data DIR" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_missing_data_folder_is_one_line(project, script, tmp_path):
+    assert "gone is not a folder" in project.fail(script, "--data", tmp_path / "gone")
+
+
+def test_empty_class_folder_is_one_line(project):
+    draw_folders(project.data, train=2, test=2)
+    for path in (project.data / "train" / "ok_front").iterdir():
+        path.unlink()
+    assert "train/ok_front holds no pictures" in project.fail("src/train.py")
+
+
+def test_too_many_broken_pictures_are_refused(project):
+    draw_folders(project.data, train=4, test=2)
+    (project.data / "train" / "def_front" / "part_001.jpeg").write_bytes(b"")
+    assert "1 of 8 cannot be read" in project.fail("src/train.py")
+    assert not (project.root / "best_model.json").exists()
+
+
+def test_missing_best_model_is_one_line(project):
+    draw_folders(project.data, train=1, test=1)
+    assert "best_model.json does not exist" in project.fail("src/evaluation.py")
+
+
+def test_no_version_behind_the_alias_is_one_line(project):
+    draw_folders(project.data, train=1, test=1)
+    assert "No version of Production_Reg has the alias prod" in project.fail("src/inference.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unreachable_server_is_one_line_within_30_seconds(project, script):
+    draw_folders(project.data, train=1, test=1)
+    started = time.monotonic()
+    last = project.fail(script, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "The tracking server http://127.0.0.1:9 does not answer" in last
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "script"),
+    [("best_model", "{}/best_model.json", "src/train.py"), ("cache", "{}/cache", "src/train.py")],
+)
+def test_folder_that_cannot_be_written_is_one_line(project, section, key, script):
+    draw_folders(project.data, train=1, test=1)
+    folder = unwritable(project.root)
+    project.configure(lambda c: c["paths"].update({section: key.format(folder)}))
+    last = project.fail(script)
+    assert str(folder) in last
+    assert "cannot be written" in last
+
+
+def test_store_in_a_folder_that_cannot_be_written_is_one_line(project):
+    draw_folders(project.data, train=1, test=1)
+    folder = unwritable(project.root)
+    last = project.fail("src/train.py", MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db")
+    assert f"{folder}/" in last
+
+
+def unwritable(root: Path) -> Path:
+    """Return a folder that cannot be written, not even by root where that can be had."""
+    folder = root / "read-only"
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o555)
+    try:
+        (folder / "probe").touch()
+    except OSError:
+        return folder
+    (folder / "probe").unlink()
+    if not Path("/sys/kernel").is_dir():
+        pytest.skip("root may write everywhere here")
+    return Path("/sys/kernel")
