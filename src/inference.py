@@ -7,15 +7,13 @@ src/config.yaml are run.
 import csv
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-from defect_detection import PipelineError, dataset, registry, script, settings, tracking
-from defect_detection.classifier import Classifier
+from defect_detection import PipelineError, dataset, registry, script, settings, steps, tracking
 from defect_detection.files import replacing
 from defect_detection.images import UnreadableImage
-from defect_detection.settings import Config, InferenceExamples
+from defect_detection.settings import Config
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +40,11 @@ def main() -> None:
         pictures = find(options.pictures)
     else:
         folder = script.data_folder(options.data, env, config.paths.data_path)
-        pictures = examples(folder, config.inference_examples)
+        pictures = steps.example_pictures(folder, config.inference_examples, log.info)
 
     with tracking.connected(settings.tracking_uri(env)):
         version = registry.production_version(config.mlflow)
-        with tracking.fetched(version.uri) as files:
-            classifier = Classifier.load(files)
+        classifier = registry.load_classifier(version.uri)
     log.info("%s version %d, test accuracy %.4f", version.name, version.number, version.acc)
 
     rows, skipped = [], []
@@ -79,24 +76,6 @@ def find(given: list[str]) -> list[Path]:
             raise PipelineError(f"{path} holds no .jpeg, .jpg or .png files")
         found += inside
     return found
-
-
-def examples(data: Path, configured: InferenceExamples) -> list[Path]:
-    """Return a defective and a good example, the first of its class where one is not there."""
-    return list(_examples(data, configured))
-
-
-def _examples(data: Path, configured: InferenceExamples) -> Iterator[Path]:
-    for name, class_name in (
-        (configured.defective_image, "def_front"),
-        (configured.ok_image, "ok_front"),
-    ):
-        example = data / name
-        if not example.is_file():
-            instead = dataset.first_picture(data, "test", class_name)
-            log.info("%s is not there, running %s instead", example, instead)
-            example = instead
-        yield example
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

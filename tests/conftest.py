@@ -97,11 +97,16 @@ class Project:
         return subprocess.run(
             [sys.executable, self.root / script, *map(str, arguments)],
             cwd=cwd or self.root,
-            env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | env,
+            env=self.environment() | env,
             capture_output=True,
             text=True,
             timeout=240,
         )
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """Return the environment without what MLflow leaves there in the tests' own process."""
+        return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
 
     def succeed(self, script: str, *arguments: object, **options) -> str:
         """Run a script that must end well; return what it printed."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from conftest import ROOT, Project, draw_folders, draw_part
+from conftest import ROOT, SMALL, Project, draw_folders, draw_part
 
 SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 
@@ -191,6 +191,22 @@ def test_same_seed_gives_the_same_validation_accuracy(trained, learnable):
     assert abs(first["val_accuracy"] - second["val_accuracy"]) < 1e-6
 
 
+@pytest.mark.real
+def test_real_castings_are_read_learned_and_judged(project, castings):
+    project.configure(lambda c: c["model_parameters"].update(sets=SMALL["sets"][1:2], epochs=5))
+    project.succeed("src/train.py", "--data", castings)
+    printed = project.succeed("src/evaluation.py", "--data", castings)
+    assert float(printed.split("accuracy ")[1].split(",")[0]) > 0.85
+    # The examples of the configuration are there, so none stands in for them.
+    done = project.run("src/inference.py", "--data", castings)
+    assert done.returncode == 0
+    assert "instead" not in done.stderr
+    assert [Path(line.split()[0]).name for line in done.stdout.splitlines()] == [
+        "cast_def_0_1153.jpeg",
+        "cast_ok_0_10.jpeg",
+    ]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_an_example(script):
     done = subprocess.run(
@@ -249,6 +265,37 @@ def test_folder_that_cannot_be_written_is_one_line(project, section, key, script
     last = project.fail(script)
     assert str(folder) in last
     assert "cannot be written" in last
+
+
+def test_terminated_training_ends_its_run(project):
+    draw_folders(project.data, train=20, test=1)
+    project.configure(lambda c: c["model_parameters"].update(epochs=500, patience=500))
+    with (project.root / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "src/train.py"],
+            cwd=project.root,
+            env=project.environment(),
+            stdout=output,
+        )
+    try:
+        wait_for(lambda: "Epoch 3/" in (project.root / "output").read_text())
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    client = MlflowClient(f"sqlite:///{project.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("train/casting")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    assert not (project.root / "best_model.json").exists()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
 
 
 def test_store_in_a_folder_that_cannot_be_written_is_one_line(project):

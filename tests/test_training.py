@@ -147,13 +147,3 @@ def test_image_size_that_does_not_fit_the_layers_is_refused(size):
     hyper = HyperParameters("deep", [8, 8, 8, 8, 8], 0.1, 0.01, 8)
     with pytest.raises(PipelineError, match="multiples of 8, at least 64"):
         model.build(size, hyper)
-
-
-def test_failed_conversion_shows_what_the_converter_said(capfd):
-    with pytest.raises(RuntimeError), model._quiet_stderr():
-        model.os.write(2, b"the reason")
-        raise RuntimeError
-    assert "the reason" in capfd.readouterr().err
-    with model._quiet_stderr():
-        model.os.write(2, b"chatter")
-    assert capfd.readouterr().err == ""

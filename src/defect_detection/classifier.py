@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 from ai_edge_litert.interpreter import Interpreter
 
-from defect_detection import PipelineError, images, metrics
+from defect_detection import PipelineError, images, metrics, native_output
 
 # A flavour of the registered model, beside MLflow's own: its entry in the file MLmodel.
 FLAVOUR = "litert"
@@ -30,10 +30,12 @@ class Classifier:
     def __init__(self, model: bytes, image_size: tuple[int, int], threshold: float):
         self.image_size = image_size
         self.threshold = threshold
-        self._interpreter = Interpreter(model_content=model, num_threads=os.cpu_count())
-        self._input = self._interpreter.get_input_details()[0]["index"]
-        self._output = self._interpreter.get_output_details()[0]["index"]
-        self._batch = 0
+        with native_output.held_back():
+            self._interpreter = Interpreter(model_content=model, num_threads=os.cpu_count())
+            self._input = self._interpreter.get_input_details()[0]["index"]
+            self._output = self._interpreter.get_output_details()[0]["index"]
+            self._batch = 0
+            self._invoke(np.zeros((1, *image_size, 1), np.uint8))  # the first call builds kernels
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":

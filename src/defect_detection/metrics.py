@@ -26,10 +26,14 @@ class Scores:
     roc_auc: float
 
     @property
+    def pictures(self) -> int:
+        """How many pictures were scored."""
+        return sum(self.counts().values())
+
+    @property
     def accuracy(self) -> float:
         """Share of right verdicts, in [0, 1]."""
-        right = self.defects_found + self.ok_passed
-        return right / (right + self.defects_missed + self.ok_rejected)
+        return (self.defects_found + self.ok_passed) / self.pictures
 
     @property
     def recall_def_front(self) -> float:
@@ -40,6 +44,18 @@ class Scores:
     def recall_ok_front(self) -> float:
         """Share of the good parts that pass, in [0, 1]."""
         return self.ok_passed / (self.ok_passed + self.ok_rejected)
+
+    def counts(self) -> dict[str, int]:
+        """Return the confusion matrix by name."""
+        return {name: value for name, value in asdict(self).items() if name != "roc_auc"}
+
+    def table(self) -> str:
+        """Lay the confusion matrix out: rows are the folders, columns the verdicts."""
+        return (
+            "               verdict defect  verdict ok\n"
+            f"  def_front  {self.defects_found:16}  {self.defects_missed:10}\n"
+            f"  ok_front   {self.ok_rejected:16}  {self.ok_passed:10}"
+        )
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name, as they are logged."""

@@ -1,10 +1,7 @@
 """The CNN, built from its hyper-parameters, and its export to LiteRT."""
 
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # TensorFlow's C++ logs tell of missing GPUs and double registrations; errors raise in Python too.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -14,7 +11,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-from defect_detection import PipelineError  # noqa: E402
+from defect_detection import PipelineError, native_output  # noqa: E402
 from defect_detection.settings import HyperParameters  # noqa: E402
 
 # Side of the square whose mean and deviation the contrast is measured by, in pixels.
@@ -91,28 +88,10 @@ def to_litert(model: keras.Model) -> bytes:
     def probability(images: tf.Tensor) -> tf.Tensor:
         return model(images, training=False)
 
-    with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
+    with tempfile.TemporaryDirectory() as folder, native_output.held_back():
         archive = keras.export.ExportArchive()
         archive.track(model)
         signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
         archive.add_endpoint("serve", probability, input_signature=[signature])
         archive.write_out(folder, verbose=False)
         return tf.lite.TFLiteConverter.from_saved_model(folder).convert()
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Hold back what the converter's C++ prints, unless it fails: no setting silences it."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

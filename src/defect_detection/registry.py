@@ -1,6 +1,8 @@
 """The model registry: the gate, registration, the aliases."""
 
 import logging
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +10,13 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, tracking
+from defect_detection.classifier import Classifier
 from defect_detection.settings import MLflowNames
 
 log = logging.getLogger(__name__)
+
+PRODUCTION_ALIAS = "prod"
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ def versions(name: str) -> list[Version]:
 
 def promote(names: MLflowNames) -> Version:
     """Point the production alias at the highest `acc`, at a tie at the newer version."""
-    name, alias = names.production_model_name, names.production_model_alias
-    return _point(name, alias, lambda version: (version.acc, version.number))
+    name = names.production_model_name
+    return _point(name, PRODUCTION_ALIAS, lambda version: (version.acc, version.number))
 
 
 def queue_for_retraining(names: MLflowNames) -> Version:
@@ -85,11 +90,23 @@ def _point(name: str, alias: str, key: Callable[[Version], Any]) -> Version:
     """
     target = max(versions(name), key=key)
     while True:
-        MlflowClient().set_registered_model_alias(name, alias, str(target.number))
+        _set_alias(name, alias, target)
         best = max(versions(name), key=key)
         if best == target:
             return target
         target = best
+
+
+def _set_alias(name: str, alias: str, version: Version, tries: int = 5) -> None:
+    for left in reversed(range(tries)):
+        try:
+            return MlflowClient().set_registered_model_alias(name, alias, str(version.number))
+        except MlflowException:
+            # Two processes that set a new alias at the same moment both insert it, and the store
+            # refuses the second.
+            if left == 0:
+                raise
+            time.sleep(random.uniform(0.01, 0.1))
 
 
 def production_version(names: MLflowNames) -> Version:
@@ -98,15 +115,33 @@ def production_version(names: MLflowNames) -> Version:
     Raises:
         PipelineError: there is none.
     """
-    name, alias = names.production_model_name, names.production_model_alias
+    name = names.production_model_name
+    found = behind_alias(name, PRODUCTION_ALIAS)
+    if found is None:
+        raise PipelineError(
+            f"No version of {name} has the alias {PRODUCTION_ALIAS}. Run 'python src/train.py', "
+            f"then 'python src/evaluation.py'; a test accuracy of "
+            f"{names.evaluation_threshold:.0%} or more gets it"
+        )
+    return found
+
+
+def behind_alias(name: str, alias: str) -> Version | None:
+    """Return the version behind an alias, None if there is none."""
     try:
         found = MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise PipelineError(
-            f"No version of {name} has the alias {alias}. Run 'python src/train.py', then "
-            f"'python src/evaluation.py'; a test accuracy of {names.evaluation_threshold:.0%} "
-            f"or more gets it"
-        ) from error
-    return Version(name, int(found.version), float(found.tags["acc"]))
+        return None
+    return Version(name, int(found.version), float(found.tags.get("acc", "nan")))
+
+
+def load_classifier(model_uri: str) -> Classifier:
+    """Fetch a logged or registered model and load it for serving.
+
+    Raises:
+        PipelineError: its files are gone, or it has no LiteRT flavour.
+    """
+    with tracking.fetched(model_uri) as files:
+        return Classifier.load(files)

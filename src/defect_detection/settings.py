@@ -72,11 +72,13 @@ class ModelParameters:
 
 @dataclass(frozen=True, config=_STRICT)
 class MLflowNames:
-    """Experiments, registered models and aliases."""
+    """Experiments, registered models, the alias of the model that waits for retraining.
+
+    `evaluation_threshold` is the test accuracy from which a model goes to production.
+    """
 
     experiment_name: Name
     production_model_name: Name
-    production_model_alias: Name
     testing_model_name: Name
     testing_model_alias: Name
     evaluation_threshold: Annotated[float, Field(ge=0, le=1)]

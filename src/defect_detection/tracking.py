@@ -23,6 +23,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a plant's network h
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 # A server that is away for half a minute is waited for; the default waits over four.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of 1 MB
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git a run only lacks its commit
 
 import mlflow  # noqa: E402

@@ -1,0 +1,64 @@
+"""Measure the seconds that MLflow adds to a training of the three sets of src/config.yaml.
+
+    python tests/benchmarks/tracking_cost.py
+
+Each set is fitted without MLflow and with it, in turn. What MLflow adds does not depend on the
+number of pictures, so few are drawn: with many, the difference drowns in the noise of the fits.
+The store is a new sqlite database, whose migrations are counted, as is the export for serving.
+"""
+
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from defect_detection import dataset, model, settings, tracking, training  # noqa: E402
+
+
+def main() -> None:
+    """Fit the sets of src/config.yaml twice and print both times."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
+    parameters = replace(parameters, patience=parameters.epochs)  # all epochs, with and without
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures"
+        sample.draw_all(pictures, 0, {"train": {"def_front": 32, "ok_front": 32}})
+        data = dataset.load(pictures, "train", parameters.image_size, Path(folder) / "cache")
+        rows = dataset.split_validation(data.labels, parameters.validation_share, parameters.seed)
+        fitted, tracked = 0.0, 0.0
+        started = time.perf_counter()
+        with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
+            experiment = tracking.open_experiment("train/benchmark")
+            tracked += time.perf_counter() - started
+            for hyper in parameters.sets:
+                training.make_deterministic(parameters.seed)
+                started = time.perf_counter()
+                training.fit(
+                    model.build(parameters.image_size, hyper),
+                    data.images,
+                    data.labels,
+                    *rows,
+                    hyper,
+                    parameters.epochs,
+                    parameters.patience,
+                    parameters.seed,
+                )
+                fitted += time.perf_counter() - started
+                one = replace(parameters, sets=[hyper])
+                started = time.perf_counter()
+                train.fit_sets(one, data, pictures, experiment)
+                tracked += time.perf_counter() - started
+    print(f"{len(parameters.sets)} sets of {parameters.epochs} epochs, {len(data)} pictures")
+    print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")
+
+
+if __name__ == "__main__":
+    main()
