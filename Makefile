@@ -7,7 +7,11 @@
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: pipeline test sample lint bench
+# make setup                    install into .venv, which the others do too
+
+.PHONY: setup pipeline test sample lint bench
+
+setup: .venv/.installed
 
 pipeline: .venv/.installed
 ifeq ($(DATA)$(DATA_PATH),)
@@ -18,7 +22,7 @@ endif
 	$(PYTHON) src/inference.py $(ARGS)
 
 test: .venv/.installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 sample: .venv/.installed
 	$(PYTHON) data/sample.py

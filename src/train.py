@@ -48,19 +48,18 @@ def fit_sets(
     from defect_detection import model  # TensorFlow: 4 s that an earlier error need not wait for
 
     rows = dataset.split_validation(data.labels, parameters.validation_share, parameters.seed)
-    fitted = []
+    fitted, training = [], {tracking.TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     for number, hyper in enumerate(parameters.sets, start=1):
         print(f"\nSet {number} of {len(parameters.sets)}: {hyper.name}", flush=True)
-        with mlflow.start_run(experiment_id=experiment, run_name=hyper.name):
+        with mlflow.start_run(experiment_id=experiment, run_name=hyper.name, tags=training):
             tracking.log_dataset(data, folder, "training")
+            mlflow.log_params({"set": hyper.name} | hyper.layers())
             one = steps.fit(
+                hyper.name,
                 partial(model.build, parameters.image_size, hyper),
                 data,
                 rows,
-                hyper,
-                parameters.epochs,
-                parameters.patience,
-                parameters.seed,
+                parameters.schedule(hyper),
                 verbose=1 if sys.stdout.isatty() else 2,
             )
             fitted.append(one)

@@ -1,9 +1,14 @@
 """What several tests need: drawn pictures, a tracking store, a copy of the project to run."""
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,14 +83,25 @@ class Project:
 
     def __init__(self, root: Path):
         self.root = root
-        shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / ".env", root)
+        caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "src", root / "src", ignore=caches)
+        shutil.copytree(ROOT / "re_train", root / "re_train", ignore=caches)
+        for file in (".env", "api.py"):
+            shutil.copy(ROOT / file, root)
         self.data = root / "data"
         self.configure(lambda config: config["model_parameters"].update(SMALL))
 
     def configure(self, change: Callable[[dict], None]) -> None:
         """Change src/config.yaml."""
-        file = self.root / "src" / "config.yaml"
+        self._change(self.root / "src" / "config.yaml", change)
+
+    def configure_retraining(self, **parameters: object) -> None:
+        """Change the model parameters of re_train/re_train.yaml."""
+        file = self.root / "re_train" / "re_train.yaml"
+        self._change(file, lambda config: config["model_parameters"].update(parameters))
+
+    @staticmethod
+    def _change(file: Path, change: Callable[[dict], None]) -> None:
         config = yaml.safe_load(file.read_text())
         change(config)
         file.write_text(yaml.safe_dump(config))
@@ -125,6 +141,74 @@ class Project:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("error: "), done.stderr
         return last
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Server:
+    """`python api.py` in a copy of the project, on a free port."""
+
+    def __init__(self, project: Project, log: Path):
+        self.project = project
+        self.port = free_port()
+        self.log = log
+        self.process = None
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "api.py", "--port", str(self.port), "--host", "127.0.0.1"],
+                cwd=self.project.root,
+                env=self.project.environment(),
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.call("GET", "/retrain")[0] == 200
+        except OSError:
+            return False
+
+    def call(self, method: str, path: str, body: dict | None = None) -> tuple[int, object, dict]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data=data, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, _parse(answer.read()), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, _parse(error.read()), dict(error.headers)
+
+    def pid_of(self, job_id: str) -> int:
+        file = self.project.root / ".jobs" / job_id / "process.json"
+        return json.loads(file.read_text())["pid"]
+
+    def state(self, job_id: str) -> str:
+        return self.call("GET", f"/retrain/{job_id}")[1]["state"]
+
+
+def _parse(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode()
 
 
 SMALL = {

@@ -26,6 +26,15 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_old_file_is_replaced_not_overwritten(tmp_path):
+    target, reader = tmp_path / "file", tmp_path / "opened before"
+    target.write_text("old")
+    os.link(target, reader)
+    with replacing(target) as temporary:
+        temporary.write_text("new")
+    assert (target.read_text(), reader.read_text()) == ("new", "old")
+
+
 def test_new_file_gets_the_rights_that_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:

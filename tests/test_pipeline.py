@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from conftest import ROOT, SMALL, Project, draw_folders, draw_part
+from conftest import ROOT, SMALL, Project, draw_folders, draw_part, free_port, wait_for
 
 SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 
@@ -25,9 +24,7 @@ SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 def server(tmp_path_factory):
     """A tracking server on a free port of this machine."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
@@ -288,14 +285,6 @@ def test_terminated_training_ends_its_run(project):
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"
     assert not (project.root / "best_model.json").exists()
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 def test_store_in_a_folder_that_cannot_be_written_is_one_line(project):

@@ -134,14 +134,15 @@ def test_server_that_is_not_there_is_told_at_once_and_without_its_password():
     assert "secret" not in str(raised.value)
 
 
-def test_server_that_accepts_and_is_silent_is_given_up(monkeypatch):
-    monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.5)
+def test_server_that_accepts_and_is_silent_is_given_up():
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(PipelineError, match="does not answer"):
-            with tracking.connected(f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            with tracking.connected(uri, seconds=0.5):
                 pass
     assert time.monotonic() - started < 5
+    assert tracking.CONNECT_SECONDS < 30
 
 
 @pytest.mark.parametrize("scheme", ["sqlite:///{}/mlflow.db", "file://{}"])
@@ -150,6 +151,23 @@ def test_store_that_cannot_be_written_is_named(tmp_path, scheme):
     with pytest.raises(PipelineError, match="cannot be written"):
         with tracking.connected(scheme.format(tmp_path / "file" / "below")):
             pass
+
+
+def test_file_that_is_no_database_is_one_line(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"garbage" * 1000)
+    with pytest.raises(PipelineError, match="file is not a database") as raised:
+        with tracking.connected(f"sqlite:///{tmp_path}/mlflow.db"):
+            tracking.open_experiment("any")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["nonsense://user:secret@host/", "postgresql://u:secret@[::1]:1/x"])
+def test_database_that_cannot_be_used_is_one_line_without_its_password(uri):
+    with pytest.raises(PipelineError, match="cannot be used") as raised:
+        with tracking.connected(uri):
+            pass
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_error_of_mlflow_comes_out_in_one_line(_store):

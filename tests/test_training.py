@@ -1,5 +1,7 @@
 """The CNN and its fit."""
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ import pytest
 from conftest import draw_part
 from defect_detection import PipelineError, model, training
 from defect_detection.classifier import Classifier
-from defect_detection.settings import HyperParameters
+from defect_detection.settings import HyperParameters, Schedule
 
 SIZE = (32, 32)
 HYPER = HyperParameters("small", [8, 12], 0.1, 0.01, 8)
+SCHEDULE = Schedule(learning_rate=0.01, batch_size=8, epochs=6, patience=6, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +24,16 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(drawn)[..., np.newaxis], labels.astype(np.uint8)
 
 
-def fit(pictures, hyper=HYPER, epochs=6, patience=6, **options) -> training.TrainingResult:
+def fit(pictures, epochs: int = 6, **options) -> training.TrainingResult:
     training.make_deterministic(3)
     images, labels = pictures
     return training.fit(
-        model.build(SIZE, hyper),
+        model.build(SIZE, HYPER),
         images,
         labels,
         np.arange(40),
         np.arange(40, 60),
-        hyper,
-        epochs,
-        patience,
-        seed=3,
+        replace(SCHEDULE, epochs=epochs),
         verbose=0,
         **options,
     )
@@ -56,6 +56,25 @@ def test_best_epoch_is_what_remains(pictures):
     loss, accuracy = result.model.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
     assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
     assert loss == pytest.approx(losses[best], abs=1e-4)
+
+
+def test_later_epochs_do_not_spoil_the_best_one(pictures):
+    images, labels = pictures
+    fitted = model.build(SIZE, HYPER)
+
+    def spoil_after_the_fourth(epoch: int, metrics: dict[str, float]) -> None:
+        if epoch >= 4:
+            fitted.set_weights([np.zeros_like(weight) for weight in fitted.get_weights()])
+
+    training.make_deterministic(3)
+    rows = np.arange(40), np.arange(40, 60)
+    result = training.fit(
+        fitted, images, labels, *rows, SCHEDULE, on_epoch=spoil_after_the_fourth, verbose=0
+    )
+    assert result.best_epoch <= 4
+    _, accuracy = fitted.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
+    assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
+    assert any(weight.any() for weight in fitted.get_weights())
 
 
 class _Steps(keras.Model):
@@ -105,10 +124,8 @@ def test_class_weights_reach_the_fit(pictures, monkeypatch):
 
 def test_fit_that_diverges_is_refused_with_the_learning_rate(pictures):
     images, labels = pictures
-    with pytest.raises(PipelineError, match=r"'small' diverged.*learning_rate"):
-        training.fit(
-            _broken_model(), images, labels, np.arange(40), np.arange(40, 60), HYPER, 1, 1, 3
-        )
+    with pytest.raises(PipelineError, match=r"diverged.*learning_rate, which is 0.01"):
+        training.fit(_broken_model(), images, labels, np.arange(40), np.arange(40, 60), SCHEDULE)
 
 
 def _broken_model() -> keras.Model:

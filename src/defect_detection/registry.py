@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -13,6 +13,9 @@ from mlflow.exceptions import MlflowException
 from defect_detection import PipelineError, tracking
 from defect_detection.classifier import Classifier
 from defect_detection.settings import MLflowNames
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 
@@ -145,3 +148,21 @@ def load_classifier(model_uri: str) -> Classifier:
     """
     with tracking.fetched(model_uri) as files:
         return Classifier.load(files)
+
+
+def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
+    """Load a registered model for training, not compiled.
+
+    Raises:
+        PipelineError: it takes pictures of another size.
+    """
+    import mlflow.tensorflow  # imports TensorFlow
+
+    model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
+    size = model.input_shape[1:3]
+    if size != tuple(image_size):
+        raise PipelineError(
+            f"{model_uri} takes pictures of {list(size)}, and image_size is {list(image_size)}: "
+            f"set image_size in re_train/re_train.yaml to {list(size)}"
+        )
+    return model

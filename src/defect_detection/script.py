@@ -21,7 +21,7 @@ def parser(docstring: str, example: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--data",
         metavar="DIR",
-        help="folder with train/ and test/; default: the variable DATA_PATH, then src/config.yaml",
+        help="folder with train/ and test/; default: the variable DATA_PATH, then the YAML file's",
     )
     return made
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Epochs = Annotated[int, Field(ge=1, le=1000)]
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=16, le=2048)]
 ImageSize = tuple[Side, Side]
@@ -47,7 +49,30 @@ class HyperParameters:
     filters: Annotated[list[Count], Field(min_length=1)]
     dropout: Share
     learning_rate: Rate
-    batch_size: Count
+    batch_size: BatchSize
+
+    def layers(self) -> dict[str, object]:
+        """Return what describes the CNN itself."""
+        return {"filters": self.filters, "dropout": self.dropout}
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Schedule:
+    """How a model is fitted, whatever its layers.
+
+    Attributes:
+        learning_rate: at the start; it falls along a cosine to 0 at the last epoch.
+        batch_size: pictures in a step.
+        epochs: the most epochs.
+        patience: epochs without a better one before the fit ends.
+        seed: of everything random.
+    """
+
+    learning_rate: Rate
+    batch_size: BatchSize
+    epochs: Epochs
+    patience: Count
+    seed: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -55,7 +80,7 @@ class ModelParameters:
     """What all sets share. `image_size` is height and width in pixels."""
 
     image_size: ImageSize
-    epochs: Count
+    epochs: Epochs
     patience: Count
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
@@ -68,6 +93,12 @@ class ModelParameters:
             raise ValueError(
                 f"two sets are named {twice[0]!r}, expected a name of its own for each"
             )
+
+    def schedule(self, hyper: HyperParameters) -> Schedule:
+        """Return how one of the sets is fitted."""
+        return Schedule(
+            hyper.learning_rate, hyper.batch_size, self.epochs, self.patience, self.seed
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -102,6 +133,42 @@ class Config:
     inference_examples: InferenceExamples
 
 
+@dataclass(frozen=True, config=_STRICT)
+class RetrainPaths:
+    """Where the pictures are; a relative path counts from the project's root."""
+
+    data_path: Name
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RetrainParameters:
+    """How a model is fine-tuned. `image_size` is height and width in pixels."""
+
+    image_size: ImageSize
+    batch_size: BatchSize
+    epochs: Epochs
+    learning_rate: Rate
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RetrainOverrides:
+    """What a single retraining may change; None leaves re_train.yaml's value."""
+
+    epochs: Epochs | None = None
+    batch_size: BatchSize | None = None
+    learning_rate: Rate | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RetrainConfig:
+    """`re_train/re_train.yaml`."""
+
+    paths: RetrainPaths
+    model_parameters: RetrainParameters
+    mlflow: MLflowNames
+    inference_examples: InferenceExamples
+
+
 def read_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file into the dataclass `kind`.
 
@@ -115,11 +182,20 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    # As JSON, since only there a strict pydantic takes a list where a tuple is declared.
+    return parse_json(json.dumps(content, default=str), kind, str(path))
+
+
+def parse_json(text: str | bytes, kind: type[T], name: str) -> T:
+    """Parse JSON into the dataclass `kind`, as strictly as `read_yaml`; errors begin with `name`.
+
+    Raises:
+        PipelineError: as `read_yaml` raises it.
+    """
     try:
-        # As JSON, since only there a strict pydantic takes a list where a tuple is declared.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str))
+        return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise PipelineError(f"{path}: {_explain(error, kind)}") from error
+        raise PipelineError(f"{name}: {_explain(error, kind)}") from error
 
 
 def _explain(error: ValidationError, kind: type) -> str:
@@ -131,6 +207,8 @@ def _explain(error: ValidationError, kind: type) -> str:
         return f"{key} is not a known key, expected one of: {known}{more}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing, expected {_describe(_type_at(kind, first['loc']))}{more}"
+    if first["type"] == "json_invalid":
+        return first["msg"]
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}{more}"
     got = json.dumps(first["input"])
@@ -146,6 +224,8 @@ def _type_at(kind: Any, location: tuple) -> Any:
             kind = get_args(kind)[min(part, len(get_args(kind)) - 1)]
         else:
             kind = get_type_hints(kind, include_extras=True)[part]
+    if type(None) in get_args(kind):  # X | None: a value that is there must be an X
+        kind = get_args(kind)[0]
     return kind
 
 

@@ -13,7 +13,7 @@ from defect_detection.classifier import Classifier
 from defect_detection.dataset import Dataset
 from defect_detection.metrics import Scores
 from defect_detection.registry import Version
-from defect_detection.settings import HyperParameters, InferenceExamples, MLflowNames
+from defect_detection.settings import InferenceExamples, MLflowNames, Schedule
 
 if TYPE_CHECKING:
     import keras
@@ -35,26 +35,22 @@ class Fitted:
 
 
 def fit(
+    name: str,
     make_model: "Callable[[], keras.Model]",
     data: Dataset,
     rows: Rows,
-    hyper: HyperParameters,
-    epochs: int,
-    patience: int,
-    seed: int,
+    schedule: Schedule,
     verbose: int,
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Fitted:
     """Make a model, fit it and log parameters, metrics per epoch, curves and the model.
 
     Args:
+        name: what the fit is called in tables and pictures.
         make_model: is called after the seed is set.
         data: the training pictures.
         rows: which of them to learn from and which to validate on.
-        hyper: learning rate and batch size are used, all is logged.
-        epochs: the most epochs.
-        patience: epochs without a better one before the fit ends.
-        seed: of everything random.
+        schedule: learning rate, batch size, epochs, patience, seed.
         verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
         on_epoch: is called with the number of each epoch that has ended, from 1.
 
@@ -69,33 +65,29 @@ def fit(
         on_epoch(epoch)
 
     mlflow.log_params(
-        asdict(hyper)
-        | {"epochs": epochs, "patience": patience, "seed": seed}
+        asdict(schedule)
         | {"image_size": list(data.images.shape[1:3])}
         | {"training_pictures": len(rows[0]), "validation_pictures": len(rows[1])}
     )
-    training.make_deterministic(seed)
+    training.make_deterministic(schedule.seed)
     result = training.fit(
         make_model(),
         data.images,
         data.labels,
         *rows,
-        hyper,
-        epochs,
-        patience,
-        seed,
+        schedule,
         on_epoch=log_epoch,
         verbose=verbose,
     )
-    best = {name: values[result.best_epoch - 1] for name, values in result.history.items()}
+    best = {key: values[result.best_epoch - 1] for key, values in result.history.items()}
     mlflow.log_metrics(
         {"best_epoch": result.best_epoch, "fit_seconds": result.seconds}
-        | {f"best_{name}": value for name, value in best.items()}
+        | {f"best_{key}": value for key, value in best.items()}
     )
-    curves = report.learning_curves(hyper.name, result.history, result.best_epoch)
+    curves = report.learning_curves(name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
     return Fitted(
-        name=hyper.name,
+        name=name,
         best_epoch=result.best_epoch,
         val_accuracy=best["val_accuracy"],
         val_loss=best["val_loss"],
@@ -105,11 +97,14 @@ def fit(
     )
 
 
-def evaluate(classifier: Classifier, data: Dataset, folder: Path) -> Scores:
-    """Score a model on the test pictures and log figures and confusion matrix."""
+def evaluate(classifier: Classifier, data: Dataset, folder: Path, prefix: str = "") -> Scores:
+    """Score a model on the test pictures and log figures and confusion matrix.
+
+    `prefix` stands before the figures' names, for a run that has training figures too.
+    """
     scores = metrics.score(data.labels, classifier.probabilities(data.images), classifier.threshold)
     tracking.log_dataset(data, folder, "testing")
-    mlflow.log_metrics(scores.as_dict())
+    mlflow.log_metrics({prefix + name: value for name, value in scores.as_dict().items()})
     mlflow.log_dict(scores.counts(), "confusion_matrix.json")
     title = f"Test accuracy {scores.accuracy:.2%}"
     mlflow.log_figure(report.confusion_matrix(title, scores), "confusion_matrix.png")

@@ -27,6 +27,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for fi
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git a run only lacks its commit
 
 import mlflow  # noqa: E402
+import sqlalchemy  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Run  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from defect_detection import PipelineError, metrics  # noqa: E402
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     import keras
 
 CONNECT_SECONDS = 10
+TRAINING_TAG = "training"  # the same on the runs of one call of train.py
 
 
 @dataclass(frozen=True)
@@ -92,29 +96,29 @@ class BestModel:
 
 
 @contextmanager
-def connected(uri: str) -> Iterator[None]:
+def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
     """Use the tracking store at `uri` inside the block; its errors come out in one line.
 
     Raises:
-        PipelineError: the store cannot be reached (within 10 s), read or written.
+        PipelineError: the store cannot be reached (within `seconds`), read or written.
     """
     if uri.startswith("file:"):
         # MLflow >= 3.13 refuses file stores unless told that they are meant.
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    _require_reachable(uri)
+    _require_reachable(uri, seconds)
     mlflow.set_tracking_uri(uri)
     try:
         yield
-    except MlflowException as error:
-        message = str(error).strip().splitlines()[0]
-        raise PipelineError(f"MLflow at {_without_password(uri)}: {message}") from error
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
+        message = f"MLflow at {_without_password(uri)}: {_first_line(error)}"
+        raise PipelineError(message) from error
 
 
-def _require_reachable(uri: str) -> None:
+def _require_reachable(uri: str, seconds: float) -> None:
     """Find out at once what MLflow finds out after minutes of retries."""
     if uri.startswith(("http://", "https://")):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).close()
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # it answers
         except (OSError, ValueError) as error:
@@ -125,6 +129,14 @@ def _require_reachable(uri: str) -> None:
             ) from error
     elif (folder := _local_folder(uri)) is not None:
         require_writable(folder)
+    else:
+        try:
+            sqlalchemy.create_engine(uri).connect().close()
+        except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+            raise PipelineError(
+                f"The database {_without_password(uri)} cannot be used ({_first_line(error)}). "
+                f"Start it, or set MLFLOW_TRACKING_URI in .env"
+            ) from error
 
 
 def _local_folder(uri: str) -> Path | None:
@@ -134,6 +146,10 @@ def _local_folder(uri: str) -> Path | None:
     if uri.startswith("file:"):
         return Path(urllib.request.url2pathname(uri.removeprefix("file://")))
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _without_password(uri: str) -> str:
@@ -233,6 +249,40 @@ def _save_model(path: str, mlflow_model: Any, model: "keras.Model", **options: A
     mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
+def training_runs(best: BestModel) -> list[Run]:
+    """Return the runs of the training that `best` came out of, in their order."""
+    run = mlflow.get_run(best.run_id)
+    training = run.data.tags[TRAINING_TAG]
+    return MlflowClient().search_runs(
+        [run.info.experiment_id],
+        f"tags.{TRAINING_TAG} = '{training}'",
+        order_by=["attributes.start_time ASC"],
+    )
+
+
+def newest_evaluation(best: BestModel, experiment: str) -> Run:
+    """Return the newest evaluation of a model.
+
+    Raises:
+        PipelineError: it was never evaluated.
+    """
+    found = MlflowClient().search_runs(
+        [open_experiment(experiment)],
+        f"tags.training_run_id = '{best.run_id}' and attributes.status = 'FINISHED'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    if not found:
+        raise PipelineError("The best model was not evaluated. Run 'python src/evaluation.py'")
+    return found[0]
+
+
+def history(run: Run, metric: str) -> list[float]:
+    """Return a metric's values, epoch by epoch."""
+    values = MlflowClient().get_metric_history(run.info.run_id, metric)
+    return [value.value for value in sorted(values, key=lambda value: value.step)]
+
+
 @contextmanager
 def fetched(model_uri: str) -> Iterator[Path]:
     """Give a local folder with the files of a model, while the block lasts.
@@ -244,6 +294,6 @@ def fetched(model_uri: str) -> Iterator[Path]:
         try:
             files = mlflow.artifacts.download_artifacts(model_uri, dst_path=folder)
         except (MlflowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PipelineError(f"{model_uri}: its files cannot be had ({reason})") from error
+            message = f"{model_uri}: its files cannot be had ({_first_line(error)})"
+            raise PipelineError(message) from error
         yield Path(files)

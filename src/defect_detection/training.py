@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from defect_detection import PipelineError
 from defect_detection.model import keras, tf
-from defect_detection.settings import HyperParameters
+from defect_detection.settings import Schedule
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -49,16 +49,11 @@ def fit(
     labels: np.ndarray,
     training: np.ndarray,
     validation: np.ndarray,
-    hyper: HyperParameters,
-    epochs: int,
-    patience: int,
-    seed: int,
+    schedule: Schedule,
     on_epoch: Report = lambda epoch, metrics: None,
     verbose: int = 2,
 ) -> TrainingResult:
     """Fit a model with Adam and binary cross-entropy, stopping early.
-
-    The learning rate falls along a cosine to 0 at the last epoch.
 
     Args:
         model: takes (n, height, width, 1) floats in [0, 255]; its weights are changed.
@@ -66,25 +61,22 @@ def fit(
         labels: uint8 (n,), 1 = defect.
         training: indices to learn from.
         validation: indices to choose the best epoch by.
-        hyper: learning rate and batch size are used.
-        epochs: the most epochs.
-        patience: epochs without a better one before the fit ends.
-        seed: for the order of the pictures.
+        schedule: learning rate, batch size, epochs; its seed decides the order of the pictures.
         on_epoch: is called after each epoch with its number, from 1, and its metrics.
         verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
 
     Raises:
         PipelineError: the loss was never a number.
     """
-    steps = epochs * math.ceil(len(training) / hyper.batch_size)
-    falling = keras.optimizers.schedules.CosineDecay(hyper.learning_rate, steps)
+    steps = schedule.epochs * math.ceil(len(training) / schedule.batch_size)
+    falling = keras.optimizers.schedules.CosineDecay(schedule.learning_rate, steps)
     model.compile(keras.optimizers.Adam(falling), "binary_crossentropy", metrics=["accuracy"])
-    best = _BestEpoch(patience, on_epoch)
+    best = _BestEpoch(schedule.patience, on_epoch)
     started = time.perf_counter()
     fitted = model.fit(
-        _batches(images[training], labels[training], hyper.batch_size, seed),
-        validation_data=_batches(images[validation], labels[validation], hyper.batch_size),
-        epochs=epochs,
+        _batches(images[training], labels[training], schedule.batch_size, schedule.seed),
+        validation_data=_batches(images[validation], labels[validation], schedule.batch_size),
+        epochs=schedule.epochs,
         class_weight=class_weights(labels[training]),
         callbacks=[best],
         verbose=verbose,
@@ -92,8 +84,8 @@ def fit(
     )
     if best.epoch is None:
         raise PipelineError(
-            f"The set {hyper.name!r} diverged: its validation loss is not a number. "
-            f"Lower its learning_rate ({hyper.learning_rate})"
+            f"The fit diverged: its validation loss is not a number. Lower the learning_rate, "
+            f"which is {schedule.learning_rate}"
         )
     model.set_weights(best.weights)
     history = {name: [float(v) for v in values] for name, values in fitted.history.items()}

@@ -46,10 +46,7 @@ def main() -> None:
                     data.images,
                     data.labels,
                     *rows,
-                    hyper,
-                    parameters.epochs,
-                    parameters.patience,
-                    parameters.seed,
+                    parameters.schedule(hyper),
                 )
                 fitted += time.perf_counter() - started
                 one = replace(parameters, sets=[hyper])
