@@ -15,6 +15,7 @@ import argparse
 import hmac
 import ipaddress
 import logging
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -181,7 +182,10 @@ def production(store: str, names: MLflowNames) -> tuple[bool, dict | None]:
     except PipelineError as error:
         log.warning("%s", error)
         return False, None
-    return True, asdict(found) if found else None
+    if found is None:
+        return True, None
+    acc = None if math.isnan(found.acc) else found.acc  # NaN is no JSON
+    return True, {"registry": found.name, "version": found.number, "acc": acc}
 
 
 def main() -> None:

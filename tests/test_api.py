@@ -11,7 +11,7 @@ import api
 import pytest
 
 from conftest import ROOT, Server, free_port, wait_for
-from defect_detection import settings
+from defect_detection import registry, settings
 from defect_detection.jobs import Jobs
 from defect_detection.settings import RetrainConfig
 
@@ -62,6 +62,19 @@ def test_wrong_body_is_400_with_what_is_expected(tmp_path, body, message):
     assert answer.json["status"] == 400
     assert str(ROOT) not in answer.text
     assert not list((tmp_path / "jobs").glob("*/job.json"))
+
+
+def test_health_names_the_version_in_production_also_without_an_accuracy(tmp_path, monkeypatch):
+    client = make(tmp_path)
+    assert client.get("/health").json["production"] is None
+    for acc, expected in ((0.9, 0.9), (float("nan"), None)):
+        version = registry.Version("Production_Reg", 3, acc)
+        monkeypatch.setattr(registry, "behind_alias", lambda *_, found=version: found)
+        assert client.get("/health").json["production"] == {
+            "registry": "Production_Reg",
+            "version": 3,
+            "acc": expected,
+        }
 
 
 def test_large_body_is_413(tmp_path):
