@@ -1,4 +1,5 @@
-# make pipeline [DATA=folder]   train, evaluate and infer; the first time installs into .venv
+# make setup                    install into .venv, which the others do too
+# make pipeline [DATA=folder]   train, evaluate and infer
 # make test                     the tests
 # make sample                   draw the synthetic pictures in data/
 # make lint                     style of the code
@@ -6,8 +7,6 @@
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
-
-# make setup                    install into .venv, which the others do too
 
 .PHONY: setup pipeline test sample lint bench
 

@@ -197,10 +197,12 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default=env.get("API_HOST", "0.0.0.0"), help="or API_HOST")
-    parser.add_argument("--port", type=int, default=env.get("API_PORT", 5001), help="or API_PORT")
+    parser.add_argument(
+        "--port", type=int, default=env.get("API_PORT", settings.API_PORT), help="or API_PORT"
+    )
     parser.add_argument(
         "--jobs",
-        default=env.get("JOBS_PATH", ".jobs"),
+        default=env.get("JOBS_PATH", settings.JOBS_PATH),
         metavar="DIR",
         help="where jobs are kept, relative to the project's root; or JOBS_PATH",
     )

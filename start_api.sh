@@ -13,14 +13,11 @@ python=.venv/bin/python
 }
 
 # Ask api.py's own settings, so that .env counts here too.
-setting() {
-    "$python" -c '
+read -r port state < <("$python" -c '
 import sys; sys.path.insert(0, "src")
 from defect_detection import settings
-print(settings.environment().get(*sys.argv[1:]))' "$1" "$2"
-}
-port=$(setting API_PORT 5001)
-state=$(setting JOBS_PATH .jobs)
+env = settings.environment()
+print(env.get("API_PORT", settings.API_PORT), env.get("JOBS_PATH", settings.JOBS_PATH))')
 pid_file=$state/api.pid
 mkdir -p "$state"
 

@@ -52,9 +52,9 @@ def test_best_epoch_is_what_remains(pictures):
     accuracies, losses = result.history["val_accuracy"], result.history["val_loss"]
     best = max(range(6), key=lambda epoch: (accuracies[epoch], -losses[epoch]))
     assert result.best_epoch == best + 1
-    assert result.val_accuracy == accuracies[best]
+    assert result.best["val_accuracy"] == accuracies[best]
     loss, accuracy = result.model.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
-    assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
+    assert accuracy == pytest.approx(result.best["val_accuracy"], abs=1e-6)
     assert loss == pytest.approx(losses[best], abs=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_later_epochs_do_not_spoil_the_best_one(pictures):
     )
     assert result.best_epoch <= 4
     _, accuracy = fitted.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
-    assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
+    assert accuracy == pytest.approx(result.best["val_accuracy"], abs=1e-6)
     assert any(weight.any() for weight in fitted.get_weights())
 
 

@@ -52,8 +52,7 @@ class Dataset:
     @property
     def counts(self) -> dict[str, int]:
         """Pictures in each class folder."""
-        defects = int(self.labels.sum())
-        return {"def_front": defects, "ok_front": len(self) - defects}
+        return {name: int(np.sum(self.labels == (name == POSITIVE))) for name in CLASSES}
 
 
 def load(data: Path, split: str, image_size: tuple[int, int], cache: Path) -> Dataset:
@@ -86,10 +85,11 @@ def load(data: Path, split: str, image_size: tuple[int, int], cache: Path) -> Da
     names = [p.relative_to(data).as_posix() for p in paths]
     kept = tuple(name for name in names if name not in unreadable)
     labels = np.array([Path(name).parent.name == POSITIVE for name in kept], np.uint8)
-    for name, empty in (("def_front", not labels.any()), ("ok_front", labels.all())):
-        if empty:
+    loaded = Dataset(pixels, labels, kept, digest, skipped)
+    for name, count in loaded.counts.items():
+        if not count:
             raise PipelineError(f"{data / split / name} holds no picture that can be read")
-    return Dataset(pixels, labels, kept, digest, skipped)
+    return loaded
 
 
 def split_validation(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

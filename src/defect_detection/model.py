@@ -46,7 +46,7 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
     x = layers.Concatenate()([layers.GlobalMaxPooling2D()(x), layers.GlobalAveragePooling2D()(x)])
     x = layers.Dropout(hyper.dropout)(x)
     outputs = layers.Dense(1, activation="sigmoid", name="defect_probability")(x)
-    return keras.Model(inputs, outputs, name=hyper.name)
+    return keras.Model(inputs, outputs, name="defect_cnn")
 
 
 def _normalise_contrast(x: keras.KerasTensor) -> keras.KerasTensor:

@@ -18,6 +18,8 @@ from defect_detection import PipelineError
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
+API_PORT = 5001  # where neither .env nor the environment says another, as with the next
+JOBS_PATH = ".jobs"
 
 T = TypeVar("T")
 

@@ -79,18 +79,17 @@ def fit(
         on_epoch=log_epoch,
         verbose=verbose,
     )
-    best = {key: values[result.best_epoch - 1] for key, values in result.history.items()}
     mlflow.log_metrics(
         {"best_epoch": result.best_epoch, "fit_seconds": result.seconds}
-        | {f"best_{key}": value for key, value in best.items()}
+        | {f"best_{key}": value for key, value in result.best.items()}
     )
     curves = report.learning_curves(name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
     return Fitted(
         name=name,
         best_epoch=result.best_epoch,
-        val_accuracy=best["val_accuracy"],
-        val_loss=best["val_loss"],
+        val_accuracy=result.best["val_accuracy"],
+        val_loss=result.best["val_loss"],
         seconds=result.seconds,
         run_id=mlflow.active_run().info.run_id,
         model_uri=tracking.log_model(result.model, data.images[:1]),

@@ -32,9 +32,9 @@ class TrainingResult:
     seconds: float
 
     @property
-    def val_accuracy(self) -> float:
-        """Validation accuracy of the best epoch, in [0, 1]."""
-        return self.history["val_accuracy"][self.best_epoch - 1]
+    def best(self) -> dict[str, float]:
+        """The figures of the best epoch, by their names in `history`."""
+        return {name: values[self.best_epoch - 1] for name, values in self.history.items()}
 
 
 def make_deterministic(seed: int) -> None:
