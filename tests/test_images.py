@@ -77,3 +77,17 @@ def test_unreadable_picture_says_why(content, reason):
 def test_missing_file_says_so(tmp_path):
     with pytest.raises(UnreadableImage, match="does not exist"):
         images.decode(Path(tmp_path / "gone.jpeg"), (32, 32))
+
+
+@pytest.mark.parametrize(("size", "expected"), [((64, 32), (16, 32)), ((30, 90), (32, 11))])
+def test_decoding_within_keeps_the_proportions(size, expected, tmp_path):
+    Image.new("L", size, 77).save(tmp_path / "a.png")
+    decoded = images.decode_within(tmp_path / "a.png", 32)
+    assert (decoded.shape, decoded.dtype) == (expected, np.uint8)
+    assert np.unique(decoded).tolist() == [77]
+    assert images.dimensions(tmp_path / "a.png") == size
+
+
+def test_decoding_within_raises_as_decoding_does(tmp_path):
+    with pytest.raises(images.UnreadableImage, match="does not exist"):
+        images.decode_within(tmp_path / "none.png", 32)

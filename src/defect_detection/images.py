@@ -1,6 +1,7 @@
 """The one way from a picture to pixels, for training, evaluation and serving."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,34 @@ def decode(source: Path | bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         UnreadableImage: the file is missing, empty, truncated, or neither JPEG nor PNG.
     """
-    height, width = size
+    return _decode(source, max(size), lambda width, height: size)[..., np.newaxis]
+
+
+def decode_within(source: Path | bytes, longest: int) -> np.ndarray:
+    """Decode as `decode` does, in proportion: uint8 (height, width), the longer one `longest`."""
+
+    def in_proportion(width: int, height: int) -> tuple[int, int]:
+        scale = longest / max(width, height)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    return _decode(source, longest, in_proportion)
+
+
+def _decode(
+    source: Path | bytes, longest: int, choose: Callable[[int, int], tuple[int, int]]
+) -> np.ndarray:
+    """Decode to the height and width that `choose` makes of the picture's width and height."""
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
         if not content:
             raise UnreadableImage("is empty (0 bytes)")
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
             # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the size asked for.
-            image.draft("L", (max(size), max(size)))
+            image.draft("L", (longest, longest))
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            height, width = choose(*upright.size)
             grey = upright.convert("L").resize((width, height), Image.Resampling.BILINEAR)
     except UnreadableImage:
         raise
@@ -52,4 +70,10 @@ def decode(source: Path | bytes, size: tuple[int, int]) -> np.ndarray:
         Exception
     ) as error:  # Pillow raises a dozen kinds on broken files, SyntaxError among them
         raise UnreadableImage(f"cannot be decoded ({error})") from error
-    return np.asarray(grey)[..., np.newaxis]
+    return np.asarray(grey)
+
+
+def dimensions(path: Path) -> tuple[int, int]:
+    """Return the width and height of a readable picture, in pixels, without decoding it."""
+    with Image.open(path, formats=("JPEG", "PNG")) as image:
+        return image.size
