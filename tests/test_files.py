@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, files
 from defect_detection.files import replacing, require_writable
 
 
@@ -54,3 +54,30 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 def test_writable_folder_is_left_as_it_was(tmp_path):
     require_writable(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_mapping_comes_back_as_it_was_written(tmp_path):
+    rows = {"train/ok_front/a, b.jpeg": "7", 'with "quotes".png': "8"}
+    files.write_mapping(tmp_path / "a.csv", "path", "photo", rows)
+    assert files.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
+    with_mark = b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes()  # as Excel writes it
+    (tmp_path / "a.csv").write_bytes(with_mark)
+    assert files.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "must name the columns path,photo"),
+        ("path;photo\na;1\n", "must name the columns path,photo"),
+        ("path,photo\na,\n", "line 2: path or photo is empty"),
+        ("path,photo\na\n", "line 2: path or photo is empty"),
+        ("path,photo\na,1\na,2\n", "line 3: a stands twice"),
+        ("path,photo\n\xff,1\n", "cannot be read"),
+    ],
+)
+def test_mapping_that_is_none_is_one_line(tmp_path, content, expected):
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(PipelineError, match=expected) as raised:
+        files.read_mapping(tmp_path / "a.csv", "path", "photo")
+    assert str(tmp_path / "a.csv") in str(raised.value)

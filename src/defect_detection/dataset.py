@@ -1,4 +1,4 @@
-"""Class folders to uint8 arrays, decoded once; labels, digest, validation split."""
+"""Class folders to uint8 arrays, decoded once; labels, digests; splits by photograph."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from defect_detection import PipelineError, images
-from defect_detection.files import replacing
+from defect_detection.files import read_mapping, replacing
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ Skipped = tuple[tuple[str, str], ...]  # path and reason of each unreadable pict
 # both speak of the defect: 1 is a defect for certain.
 CLASSES = ("def_front", "ok_front")
 POSITIVE = "def_front"
+SPLITS = ("train", "test")
+SPLIT_FILE = "split.csv"  # in the data folder: which picture is on which side, whatever its folder
 
 LARGEST_UNREADABLE_SHARE = 0.05
 CACHES_KEPT = 6  # files of decoded pictures: three versions of the data, train and test
@@ -30,12 +32,13 @@ CACHES_KEPT = 6  # files of decoded pictures: three versions of the data, train 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The readable pictures of one folder, `train` or `test`.
+    """The readable pictures of one split, `train` or `test`.
 
     Attributes:
         images: uint8 (n, height, width, 1), memory-mapped, 0 = black.
         labels: uint8 (n,), 1 = defect, 0 = ok.
         paths: (n,) paths relative to the data folder, sorted by class, then name.
+        contents: (n,) SHA-256 of each file.
         digest: SHA-256 over the paths and contents of all pictures, also the unreadable.
         skipped: path and reason of each unreadable picture.
     """
@@ -43,6 +46,7 @@ class Dataset:
     images: np.ndarray
     labels: np.ndarray
     paths: tuple[str, ...]
+    contents: tuple[str, ...]
     digest: str
     skipped: Skipped
 
@@ -56,7 +60,9 @@ class Dataset:
 
 
 def load(data: Path, split: str, image_size: tuple[int, int], cache: Path) -> Dataset:
-    """Load `data/<split>/{def_front,ok_front}`, from the cache where its content is known.
+    """Load the pictures of a split, from the cache where their content is known.
+
+    They lie in `data/<split>/{def_front,ok_front}`, unless `data/split.csv` says otherwise.
 
     Args:
         data: folder that holds `train` and `test`.
@@ -65,54 +71,151 @@ def load(data: Path, split: str, image_size: tuple[int, int], cache: Path) -> Da
         cache: folder of decoded pictures.
 
     Raises:
-        PipelineError: a class folder is missing or holds no readable picture, or more than
-            5 % of the pictures are unreadable.
+        PipelineError: a class folder is missing or holds no readable picture, more than 5 % of
+            the pictures are unreadable, or `split.csv` lacks a picture.
     """
-    paths = [path for name in CLASSES for path in _pictures(data / split / name)]
-    digest = _digest(paths, data)
-    height, width = image_size
-    stem = cache / f"{split}-{digest[:16]}-{height}x{width}-{images.PREPROCESSING}"
-    skipped = _cached(stem, len(paths), image_size)
-    if skipped is None:
-        log.info("Decoding %d pictures of %s", len(paths), data / split)
-        skipped = _decode_all(paths, data, image_size, stem)
-        _delete_old(cache)
-    refuse_many_skipped(skipped, len(paths), str(data / split))
-    shape = (len(paths) - len(skipped), height, width, 1)
-    pixels = np.memmap(_pixels(stem), np.uint8, "r", shape=shape)
-
-    unreadable = {path for path, _ in skipped}
-    names = [p.relative_to(data).as_posix() for p in paths]
-    kept = tuple(name for name in names if name not in unreadable)
-    labels = np.array([Path(name).parent.name == POSITIVE for name in kept], np.uint8)
-    loaded = Dataset(pixels, labels, kept, digest, skipped)
+    paths = pictures(data, split)
+    where = str(data / split)
+    if (data / SPLIT_FILE).exists():
+        where = f"{split} of {data / SPLIT_FILE}"
+        log.info(
+            "Following %s, delete it to go back: %d in %s", data / SPLIT_FILE, len(paths), split
+        )
+    loaded = read(data, paths, split, image_size, cache)
+    refuse_many_skipped(loaded.skipped, len(paths), where)
     for name, count in loaded.counts.items():
         if not count:
             raise PipelineError(f"{data / split / name} holds no picture that can be read")
     return loaded
 
 
-def split_validation(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split at random, keeping the classes' proportions.
-
-    Returns:
-        Sorted indices of the training and of the validation pictures, both int64.
+def pictures(data: Path, split: str) -> list[Path]:
+    """Return the pictures of a split, sorted by class, then path.
 
     Raises:
-        PipelineError: a class has too few pictures to have one on each side.
+        PipelineError: a class folder is missing or empty, or `split.csv` lacks a picture.
     """
-    from sklearn.model_selection import train_test_split  # 1 s that inference does not need
+    if not (data / SPLIT_FILE).exists():
+        return in_folder(data, split)
+    side = read_mapping(data / SPLIT_FILE, "path", "split")
+    found = []
+    for path in sorted(
+        (path for folder in SPLITS if (data / folder).is_dir() for path in in_folder(data, folder)),
+        key=lambda path: CLASSES.index(path.parent.name),
+    ):
+        if side.get(path.relative_to(data).as_posix()) not in SPLITS:
+            raise PipelineError(
+                f"{data / SPLIT_FILE} does not say whether {path.relative_to(data)} is train or "
+                f"test. Run 'python src/audit.py --resplit 0.2' again, or delete the file"
+            )
+        if side[path.relative_to(data).as_posix()] == split:
+            found.append(path)
+    return found
 
-    try:
-        train, validation = train_test_split(
-            np.arange(len(labels)), test_size=share, random_state=seed, stratify=labels
-        )
-    except ValueError as error:
+
+def in_folder(data: Path, split: str) -> list[Path]:
+    """Return the pictures that lie in `data/<split>`, sorted by class, then name."""
+    return [path for name in CLASSES for path in _pictures(data / split / name)]
+
+
+def read(
+    data: Path, paths: list[Path], name: str, image_size: tuple[int, int], cache: Path
+) -> Dataset:
+    """Load pictures as `load` does, however many of them can be read."""
+    names = [path.relative_to(data).as_posix() for path in paths]
+    contents = [hashlib.sha256(_content(path)).hexdigest() for path in paths]
+    digest = _digest(names, contents)
+    height, width = image_size
+    stem = cache / f"{name}-{digest[:16]}-{height}x{width}-{images.PREPROCESSING}"
+    skipped = _cached(stem, len(paths), image_size)
+    if skipped is None:
+        log.info("Decoding %d pictures of %s", len(paths), data / name)
+        skipped = _decode_all(paths, data, image_size, stem)
+        _delete_old(cache)
+    shape = (len(paths) - len(skipped), height, width, 1)
+    pixels = np.memmap(_pixels(stem), np.uint8, "r", shape=shape) if shape[0] else np.empty(shape)
+
+    unreadable = {path for path, _ in skipped}
+    kept = [i for i, path in enumerate(names) if path not in unreadable]
+    return Dataset(
+        images=pixels,
+        labels=np.array([paths[i].parent.name == POSITIVE for i in kept], np.uint8),
+        paths=tuple(names[i] for i in kept),
+        contents=tuple(contents[i] for i in kept),
+        digest=digest,
+        skipped=skipped,
+    )
+
+
+def split_validation(
+    labels: np.ndarray, photographs: np.ndarray, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold a share of the pictures back, whole photographs only, near to it in each class.
+
+    Args:
+        labels: (n,), 1 = defect.
+        photographs: (n,) number of the photograph that each picture was made from.
+        share: of the pictures to hold back, in (0, 1).
+        seed: which photographs.
+
+    Returns:
+        Sorted indices of the training and of the held-back pictures, both int64.
+
+    Raises:
+        PipelineError: a class has too few photographs to have one on each side.
+    """
+    for count in range(max(2, round(1 / share)), 1, -1):
+        found = [
+            (_distance(labels, rows[1], share), rows)
+            for rows in _group_folds(labels, photographs, count, seed)
+            if all(set(labels[side]) == {0, 1} for side in rows)
+        ]
+        if found:
+            return min(found, key=lambda one: one[0])[1]
+    raise PipelineError(
+        f"Too few photographs to hold {share:.0%} of the pictures back: "
+        f"{_photographs_of_each(labels, photographs)}"
+    )
+
+
+def folds(
+    labels: np.ndarray, photographs: np.ndarray, count: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Divide pictures for cross-validation; no photograph is cut apart.
+
+    Returns:
+        For each fold the sorted indices of its training and of its held-out pictures.
+
+    Raises:
+        PipelineError: a fold would lack a class.
+    """
+    made = _group_folds(labels, photographs, count, seed)
+    if len(made) < count or any(set(labels[side]) != {0, 1} for rows in made for side in rows):
         raise PipelineError(
-            f"Too few pictures to hold {share:.0%} back for validation: "
-            f"{int(labels.sum())} defects, {int((1 - labels).sum())} ok"
-        ) from error
-    return np.sort(train), np.sort(validation)
+            f"Too few photographs for {count} folds: {_photographs_of_each(labels, photographs)}"
+        )
+    return made
+
+
+def _group_folds(
+    labels: np.ndarray, photographs: np.ndarray, count: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import StratifiedGroupKFold  # 1 s that inference does not need
+
+    if count > min(labels.sum(), len(labels) - labels.sum()):
+        return []
+    folder = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    return list(folder.split(labels, labels, photographs))
+
+
+def _distance(labels: np.ndarray, held_back: np.ndarray, share: float) -> float:
+    return max(abs((labels[held_back] == c).sum() / (labels == c).sum() - share) for c in (0, 1))
+
+
+def _photographs_of_each(labels: np.ndarray, photographs: np.ndarray) -> str:
+    return ", ".join(
+        f"{len(np.unique(photographs[labels == (name == POSITIVE)]))} of {name}" for name in CLASSES
+    )
 
 
 def first_picture(data: Path, split: str, class_name: str) -> Path:
@@ -165,11 +268,10 @@ def _pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _digest(paths: list[Path], data: Path) -> str:
+def _digest(names: list[str], contents: list[str]) -> str:
     total = hashlib.sha256()
-    for path, content in zip(paths, map(_content, paths), strict=True):
-        total.update(path.relative_to(data).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(content).digest())
+    for name, content in zip(names, contents, strict=True):
+        total.update(name.encode() + b"\0" + bytes.fromhex(content))
     return total.hexdigest()
 
 

@@ -1,8 +1,9 @@
 """Writes that are whole or not there."""
 
+import csv
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,3 +43,31 @@ def require_writable(folder: Path) -> None:
     with replacing(folder / ".writable") as probe:
         probe.write_bytes(b"")
     (folder / ".writable").unlink(missing_ok=True)
+
+
+def read_mapping(path: Path, key: str, value: str) -> dict[str, str]:
+    """Read a CSV file with the columns `key` and `value`, of which each key stands once.
+
+    Raises:
+        PipelineError: it has no such columns, a row lacks one, or a key stands twice.
+    """
+    found: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
+            rows = csv.DictReader(file)
+            if not {key, value} <= set(rows.fieldnames or ()):
+                raise PipelineError(f"{path}: its first line must name the columns {key},{value}")
+            for row in rows:
+                if not row[key] or not row[value]:
+                    raise PipelineError(f"{path} line {rows.line_num}: {key} or {value} is empty")
+                if found.setdefault(row[key], row[value]) != row[value]:
+                    raise PipelineError(f"{path} line {rows.line_num}: {row[key]} stands twice")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PipelineError(f"{path}: cannot be read ({error})") from error
+    return found
+
+
+def write_mapping(path: Path, key: str, value: str, mapping: Mapping[str, object]) -> None:
+    """Write a CSV file that `read_mapping` reads; it is replaced whole or stays as it was."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([(key, value), *mapping.items()])
