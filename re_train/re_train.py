@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import mlflow  # noqa: E402
 
 from defect_detection import (  # noqa: E402
-    dataset,
+    audit,
     jobs,
     registry,
     script,
@@ -56,24 +56,23 @@ def main() -> None:
 
     with tracking.connected(settings.tracking_uri(env)):
         experiment = tracking.open_experiment(own.mlflow.experiment_name)
-        training, testing = (
-            dataset.load(folder, split, parameters.image_size, cache) for split in ("train", "test")
-        )
+        split = audit.load(folder, parameters.image_size, cache)
+        print(split.leakage)
         pictures = steps.example_pictures(folder, own.inference_examples, print)
         start, source = choose_start(own.mlflow)
         print(f"Starting from {source}", flush=True)
         shared = config.model_parameters
-        rows = dataset.split_validation(training.labels, shared.validation_share, shared.seed)
+        rows = split.hold_back(shared.validation_share, shared.seed)
         with mlflow.start_run(experiment_id=experiment, run_name="re-train") as run:
             mlflow.set_tag("started_from", source)
             if start is None:
                 mlflow.log_params(shared.sets[0].layers())
-            tracking.log_dataset(training, folder, "training")
+            tracking.log_dataset(split.training, folder, "training")
             reporter.progress(0, parameters.epochs, run.info.run_id)
             fitted = steps.fit(
                 "re-train",
                 partial(make_model, start, parameters.image_size, shared.sets[0]),
-                training,
+                split.training,
                 rows,
                 Schedule(
                     parameters.learning_rate,
@@ -86,10 +85,9 @@ def main() -> None:
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
             )
             classifier = registry.load_classifier(fitted.model_uri)
-            scores = steps.evaluate(classifier, testing, folder, prefix="test_")
-            print(f"{folder / 'test'}: accuracy {scores.accuracy:.4f}\n{scores.table()}")
+            evaluated = steps.evaluate(classifier, split, folder, prefix="test_")
             version, done = steps.register(
-                fitted.model_uri, fitted.run_id, scores, fitted.val_accuracy, own.mlflow
+                fitted.model_uri, fitted.run_id, evaluated, fitted.val_accuracy, own.mlflow
             )
             print(done)
     for picture in pictures:

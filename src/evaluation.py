@@ -6,7 +6,7 @@ version with the highest accuracy gets the alias prod; one below, as Testing_Reg
 
 import mlflow
 
-from defect_detection import dataset, registry, script, settings, steps, tracking
+from defect_detection import audit, registry, script, settings, steps, tracking
 from defect_detection.settings import Config
 from defect_detection.tracking import BestModel
 
@@ -23,17 +23,15 @@ def main() -> None:
         best = BestModel.read(settings.from_root(config.paths.best_model))
         classifier = registry.load_classifier(best.model_uri)
         cache = settings.from_root(config.paths.cache)
-        data = dataset.load(folder, "test", classifier.image_size, cache)
+        split = audit.load(folder, classifier.image_size, cache)
+        if split.training.digest != best.data_digest:
+            print(f"{folder / 'train'} has changed since this model was trained on it")
         experiment = tracking.open_experiment(f"eval/{config.mlflow.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
         with mlflow.start_run(experiment_id=experiment, run_name="evaluation", tags=tags):
-            scores = steps.evaluate(classifier, data, folder)
-            print(
-                f"{folder / 'test'}: accuracy {scores.accuracy:.4f}, ROC AUC {scores.roc_auc:.4f}"
-            )
-            print(scores.table())
+            evaluated = steps.evaluate(classifier, split, folder)
             _, done = steps.register(
-                best.model_uri, best.run_id, scores, best.val_accuracy, config.mlflow
+                best.model_uri, best.run_id, evaluated, best.val_accuracy, config.mlflow
             )
             print(done)
 

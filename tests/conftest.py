@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 from defect_detection import settings, tracking
 
 ROOT = settings.ROOT
-CASTINGS = ROOT.parent / "shared" / "data" / "casting"
 
 
 def draw_part(rng: np.random.Generator, defect: bool, side: int = 96) -> Image.Image:
@@ -78,8 +77,18 @@ def store(_store: str):
         yield _store
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    Project.cache = tmp_path_factory.mktemp("cache")
+
+
 class Project:
-    """A copy of the project in a folder of its own, with small models that are fitted quickly."""
+    """A copy of the project in a folder of its own, with small models that are fitted quickly.
+
+    All copies share a cache, so that what is known of the same pictures is found once.
+    """
+
+    cache: Path
 
     def __init__(self, root: Path):
         self.root = root
@@ -90,6 +99,7 @@ class Project:
             shutil.copy(ROOT / file, root)
         self.data = root / "data"
         self.configure(lambda config: config["model_parameters"].update(SMALL))
+        self.configure(lambda config: config["paths"].update(cache=str(self.cache)))
 
     def configure(self, change: Callable[[dict], None]) -> None:
         """Change src/config.yaml."""
@@ -235,11 +245,3 @@ SMALL = {
 def project(tmp_path: Path) -> Project:
     """A copy of the project without data."""
     return Project(tmp_path / "project")
-
-
-@pytest.fixture(scope="session")
-def castings() -> Path:
-    """The real castings, where they are."""
-    if not CASTINGS.is_dir():
-        pytest.skip("the real castings are not here (../shared/data/casting)")
-    return CASTINGS

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from defect_detection import metrics
 
@@ -32,6 +33,60 @@ def test_all_figures_are_logged_by_name():
         "ok_passed": 1,
         "roc_auc": 1.0,
         "accuracy": 1.0,
+        "balanced_accuracy": 1.0,
         "recall_def_front": 1.0,
         "recall_ok_front": 1.0,
     }
+
+
+def test_balanced_accuracy_is_not_raised_by_guessing_one_class():
+    labels = np.array([1] * 9 + [0])
+    scores = metrics.score(labels, np.ones(10), 0.5)
+    assert (scores.accuracy, scores.balanced_accuracy) == (0.9, 0.5)
+
+
+@pytest.mark.parametrize("trials", [1, 7, 20, 715])
+def test_bounds_are_those_of_the_binomial_distribution(trials):
+    for successes in {0, 1, trials // 2, trials - 1, trials}:
+        low, high = metrics.bounds(successes, trials)
+        # The definition: either bound is the rate at which this count is in a tail of 2.5 %.
+        if successes:
+            assert stats.binom.sf(successes - 1, trials, low) == pytest.approx(0.025, abs=1e-9)
+        else:
+            assert low == 0
+        if successes < trials:
+            assert stats.binom.cdf(successes, trials, high) == pytest.approx(0.025, abs=1e-9)
+        else:
+            assert high == 1
+    assert metrics.bounds(0, 0) == (0, 1)
+
+
+def test_photograph_is_judged_by_the_mean_of_its_pictures_once_for_each_label():
+    labels = np.array([1, 1, 0, 0, 1])
+    probabilities = np.array([0.9, 0.3, 0.2, 0.4, 0.8])
+    found = metrics.by_photograph(labels, probabilities, np.array([7, 7, 3, 7, 3]))
+    assert sorted(zip(*found, strict=True)) == pytest.approx(
+        [(0, 0.2), (0, 0.4), (1, 0.6), (1, 0.8)]
+    )
+
+
+def test_unseen_pictures_are_counted_by_picture_and_by_photograph():
+    labels = np.array([1] * 6 + [0])
+    probabilities = np.array([0.9, 0.9, 0.4, 0.1, 0.1, 0.9, 0.7])
+    found = metrics.unseen(labels, probabilities, np.array([1, 1, 1, 2, 2, 2, 3]), 0.5)
+    assert (found.pictures, found.right) == (7, 3)
+    assert (found.photographs, found.photographs_right) == (3, 1)
+    assert found.accuracy == 3 / 7
+    assert found.bounds == metrics.bounds(1, 3)
+    assert str(found) == (
+        "accuracy on 7 unseen pictures 0.4286; by photograph 1 of 3 right, 95% bounds 0.008 to "
+        "0.906: too few to tell"
+    )
+
+
+def test_many_unseen_photographs_tell_and_none_tells_nothing():
+    many = metrics.Unseen(pictures=100, right=99, photographs=100, photographs_right=99)
+    assert str(many).endswith("99 of 100 right, 95% bounds 0.946 to 1.000")
+    assert str(metrics.Unseen(0, 0, 0, 0)) == (
+        "no unseen picture: nothing is known about new parts"
+    )

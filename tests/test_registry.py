@@ -10,6 +10,8 @@ from mlflow import MlflowClient
 from defect_detection import PipelineError, registry, settings, tracking
 from defect_detection.settings import CONFIG_FILE, Config, MLflowNames
 
+TAGS = {"acc_unseen": "0.75", "leaked_share": "0.0", "test_digest": "abc"}
+
 
 @pytest.fixture
 def names(store, request) -> MLflowNames:
@@ -31,7 +33,9 @@ def register(names):
 
     def one(acc: float) -> registry.Version:
         name = registry.gate(acc, names)
-        return registry.register(run.info.artifact_uri, run.info.run_id, acc, "described", name)
+        return registry.register(
+            run.info.artifact_uri, run.info.run_id, acc, "described", name, TAGS
+        )
 
     return one
 
@@ -53,6 +57,7 @@ def test_version_carries_accuracy_and_description(register):
     found = MlflowClient().get_model_version(version.name, str(version.number))
     assert float(found.tags["acc"]) == 2 / 3
     assert found.description == "described"
+    assert {key: found.tags[key] for key in TAGS} == TAGS
 
 
 def test_alias_goes_to_the_highest_accuracy_and_stays_there(register, names):

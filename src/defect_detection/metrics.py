@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+TELLING_WIDTH = 0.2  # between bounds; wider ones tell nothing
 THRESHOLD = 0.5  # of the probability; the accuracy that decides on registration is taken at it
 
 
@@ -45,6 +46,11 @@ class Scores:
         """Share of the good parts that pass, in [0, 1]."""
         return self.ok_passed / (self.ok_passed + self.ok_rejected)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the two recalls, in [0, 1]: what guessing one class does not raise."""
+        return (self.recall_def_front + self.recall_ok_front) / 2
+
     def counts(self) -> dict[str, int]:
         """Return the confusion matrix by name."""
         return {name: value for name, value in asdict(self).items() if name != "roc_auc"}
@@ -59,8 +65,85 @@ class Scores:
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name, as they are logged."""
-        rates = ("accuracy", "recall_def_front", "recall_ok_front")
+        rates = ("accuracy", "balanced_accuracy", "recall_def_front", "recall_ok_front")
         return asdict(self) | {name: getattr(self, name) for name in rates}
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Test pictures of photographs that are not in training, at one threshold.
+
+    Attributes:
+        pictures: how many there are.
+        right: pictures with the right verdict.
+        photographs: how many they show.
+        photographs_right: photographs with the right verdict by the mean of their pictures.
+    """
+
+    pictures: int
+    right: int
+    photographs: int
+    photographs_right: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the pictures with the right verdict, in [0, 1]; NaN if there is none."""
+        return self.right / self.pictures if self.pictures else float("nan")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """95 % bounds of the accuracy by photograph: pictures of one are not independent."""
+        return bounds(self.photographs_right, self.photographs)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the bounds leave the accuracy open."""
+        low, high = self.bounds
+        return high - low > TELLING_WIDTH
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        if not self.pictures:
+            return "no unseen picture: nothing is known about new parts"
+        low, high = self.bounds
+        return (
+            f"accuracy on {self.pictures} unseen pictures {self.accuracy:.4f}; by photograph "
+            f"{self.photographs_right} of {self.photographs} right, 95% bounds {low:.3f} to "
+            f"{high:.3f}" + (": too few to tell" if self.too_few else "")
+        )
+
+
+def unseen(
+    labels: np.ndarray, probabilities: np.ndarray, photographs: np.ndarray, threshold: float
+) -> Unseen:
+    """Judge unseen pictures, all arrays (n,), 1 = defect."""
+    right = is_defect(probabilities, threshold) == (labels == 1)
+    each_label, each_probability = by_photograph(labels, probabilities, photographs)
+    each_right = is_defect(each_probability, threshold) == (each_label == 1)
+    return Unseen(len(right), int(right.sum()), len(each_right), int(each_right.sum()))
+
+
+def by_photograph(
+    labels: np.ndarray, probabilities: np.ndarray, photographs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average the probabilities of each photograph; one under two labels counts once for each.
+
+    Returns:
+        Labels and mean probabilities, both (photographs,).
+    """
+    each, rows = np.unique(np.stack([photographs, labels]), axis=1, return_inverse=True)
+    rows = rows.reshape(-1)
+    return each[1], np.bincount(rows, probabilities) / np.bincount(rows)
+
+
+def bounds(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) bounds of a rate; 0 and 1 without any trial."""
+    from scipy.stats import binomtest  # 1 s that inference does not need
+
+    if trials == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def is_defect(probabilities: np.ndarray | float, threshold: float) -> np.ndarray | bool:

@@ -43,8 +43,13 @@ def gate(acc: float, names: MLflowNames) -> str:
     return names.testing_model_name
 
 
-def register(model_uri: str, run_id: str, acc: float, description: str, name: str) -> Version:
-    """Register a logged model as a new version of `name`, tagged `acc` from the first moment."""
+def register(
+    model_uri: str, run_id: str, acc: float, description: str, name: str, tags: dict[str, str]
+) -> Version:
+    """Register a logged model as a new version of `name`, tagged from the first moment.
+
+    `tags` stand beside `acc`.
+    """
     client = MlflowClient()
     try:
         client.create_registered_model(name)
@@ -55,7 +60,7 @@ def register(model_uri: str, run_id: str, acc: float, description: str, name: st
         name,
         source=model_uri,
         run_id=run_id,
-        tags={"acc": repr(acc)},
+        tags={"acc": repr(acc)} | tags,
         description=description,
         model_id=model_uri.removeprefix("models:/"),
     )

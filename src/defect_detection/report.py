@@ -1,11 +1,14 @@
-"""Pictures of a training and of an evaluation, and the summary of both."""
+"""Pictures of an audit, a training and an evaluation, and the summary of a pipeline."""
 
 import json
+from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from mlflow.entities import Run
 
+from defect_detection import images
+from defect_detection.audit import Audit
 from defect_detection.dataset import CLASSES
 from defect_detection.metrics import Scores
 from defect_detection.registry import Version
@@ -19,7 +22,30 @@ SQUARES = {
     "🟥": "#c9403c",
     "🟫": "#8a5a3c",
 }
+PAIRS_SHOWN = 12
 TRAINING, VALIDATION, BEST = "#5b6f8a", "#d1622b", "#8a8a8a"
+
+
+def contact_sheet(data: Path, audit: Audit) -> Figure:
+    """Show the worst that an audit found, two pictures for each."""
+    worst = audit.worst()
+    shown = worst[:PAIRS_SHOWN]
+    rows = max(1, -(-len(shown) // 3))
+    figure = Figure(figsize=(12, 0.6 + 2.7 * rows), dpi=120, layout="constrained")
+    title = f"The {len(shown)} worst of {len(worst)} findings" if worst else "Nothing found"
+    figure.suptitle(f"{title}\n{audit.folder}", fontsize=11)
+    cells = figure.subplots(rows, 3, squeeze=False).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, (what, *pair) in zip(cells, shown, strict=False):
+        axes.set_title(what, fontsize=10, fontweight="bold", loc="left")
+        for column, path in enumerate(pair):
+            place = axes.inset_axes((0.48 * column, 0.1, 0.46, 0.9))
+            place.imshow(images.decode_within(data / path, 256), cmap="gray", vmin=0, vmax=255)
+            place.set_axis_off()
+            folder, _, name = path.rpartition("/")
+            place.set_title(f"{folder}/\n{name}", fontsize=7, loc="left", y=-0.2)
+    return figure
 
 
 def learning_curves(title: str, history: dict[str, list[float]], best_epoch: int) -> Figure:
@@ -131,6 +157,8 @@ def markdown(
             "",
             f"Accuracy {test['accuracy']:.4f}, ROC AUC {test['roc_auc']:.4f}. Registered as "
             f"{_words(evaluation.data.tags['registered_version'])}.",
+            "",
+            f"{evaluation.data.tags['leakage']} Else: {evaluation.data.tags['unseen']}.",
             "",
             "## Production",
             "",

@@ -9,16 +9,43 @@ import mlflow
 import numpy as np
 
 from defect_detection import dataset, metrics, registry, report, tracking
+from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
 from defect_detection.dataset import Dataset
-from defect_detection.metrics import Scores
+from defect_detection.metrics import Scores, Unseen
 from defect_detection.registry import Version
 from defect_detection.settings import InferenceExamples, MLflowNames, Schedule
 
 if TYPE_CHECKING:
     import keras
 
+# What a cross-validation tells, by its names in `Scores`.
+CROSS_VALIDATED = {
+    "balanced_accuracy": "balanced accuracy",
+    "recall_def_front": "recall def_front",
+    "recall_ok_front": "recall ok_front",
+    "roc_auc": "ROC AUC",
+}
+
 Rows = tuple[np.ndarray, np.ndarray]  # indices of the training and of the validation pictures
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model is worth on the test pictures, and on those whose photograph it never saw."""
+
+    scores: Scores
+    unseen: Unseen
+    leaked_share: float
+    test_digest: str
+
+    def tags(self) -> dict[str, str]:
+        """Return what a registered version carries beside `acc`."""
+        return {
+            "acc_unseen": repr(self.unseen.accuracy) if self.unseen.pictures else "unknown",
+            "leaked_share": repr(self.leaked_share),
+            "test_digest": self.test_digest,
+        }
 
 
 @dataclass(frozen=True)
@@ -96,35 +123,151 @@ def fit(
     )
 
 
-def evaluate(classifier: Classifier, data: Dataset, folder: Path, prefix: str = "") -> Scores:
-    """Score a model on the test pictures and log figures and confusion matrix.
+@dataclass(frozen=True)
+class CrossValidated:
+    """Scores of each fold's pictures, and of its photographs by the mean of their pictures."""
+
+    name: str
+    pictures: list[Scores]
+    photographs: list[Scores]
+
+
+def cross_validate(
+    name: str,
+    make_model: "Callable[[], keras.Model]",
+    split: Split,
+    folds: int,
+    schedule: Schedule,
+    validation_share: float,
+) -> CrossValidated:
+    """Fit a model for each fold of the training pictures, score it on the fold and log that.
+
+    No photograph is cut apart, nor by the pictures that the best epoch is chosen by: those are
+    held back from the other folds.
+
+    Raises:
+        PipelineError: there are too few photographs, or a fit diverged.
+    """
+    from defect_detection import model, training  # TensorFlow, as in `fit`
+
+    data, photographs = split.training, split.training_photographs
+    mlflow.log_params(asdict(schedule) | {"image_size": list(data.images.shape[1:3])})
+    found = CrossValidated(name, [], [])
+    divided = dataset.folds(data.labels, photographs, folds, schedule.seed)
+    for number, (others, fold) in enumerate(divided, start=1):
+        learned, held_back = dataset.split_validation(
+            data.labels[others], photographs[others], validation_share, schedule.seed
+        )
+        training.make_deterministic(schedule.seed)
+        fitted = training.fit(
+            make_model(),
+            data.images,
+            data.labels,
+            others[learned],
+            others[held_back],
+            schedule,
+            verbose=0,
+        )
+        classifier = Classifier(
+            model.to_litert(fitted.model), data.images.shape[1:3], metrics.THRESHOLD
+        )
+        labels, probabilities = data.labels[fold], classifier.probabilities(data.images[fold])
+        by_photograph = metrics.by_photograph(labels, probabilities, photographs[fold])
+        for of, scores, judged in (
+            ("pictures", found.pictures, (labels, probabilities)),
+            ("photographs", found.photographs, by_photograph),
+        ):
+            scores.append(metrics.score(*judged, metrics.THRESHOLD))
+            figures = scores[-1].as_dict()
+            mlflow.log_metrics({f"{of}_{key}": v for key, v in figures.items()}, step=number)
+        print(
+            f"  fold {number} of {folds}: {len(fold)} pictures of {len(by_photograph[0])} "
+            f"photographs, balanced accuracy {found.pictures[-1].balanced_accuracy:.4f}",
+            flush=True,
+        )
+    for of, scores in (("pictures", found.pictures), ("photographs", found.photographs)):
+        for figure in CROSS_VALIDATED:
+            for what, value in zip(
+                ("mean", "lowest", "highest"), over_folds(scores, figure), strict=True
+            ):
+                mlflow.log_metric(f"{of}_{figure}_{what}", value)
+    return found
+
+
+def over_folds(scores: list[Scores], figure: str) -> tuple[float, float, float]:
+    """Return mean, lowest and highest of a figure over the folds."""
+    values = [getattr(one, figure) for one in scores]
+    return float(np.mean(values)), min(values), max(values)
+
+
+def log_leakage(split: Split) -> None:
+    """Log which share of the test pictures shows a photograph that is also in training."""
+    share = float(split.leaked.mean())
+    mlflow.log_metric("leaked_share", share)
+    mlflow.set_tags({"leaked_share": repr(share), "leakage": split.leakage})
+
+
+def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "") -> Evaluated:
+    """Score a model on the test pictures; log figures, leakage and confusion matrix; print them.
 
     `prefix` stands before the figures' names, for a run that has training figures too.
     """
-    scores = metrics.score(data.labels, classifier.probabilities(data.images), classifier.threshold)
+    data, leaked = split.testing, split.leaked
+    probabilities = classifier.probabilities(data.images)
+    scores = metrics.score(data.labels, probabilities, classifier.threshold)
+    unseen = metrics.unseen(
+        data.labels[~leaked],
+        probabilities[~leaked],
+        split.testing_photographs[~leaked],
+        classifier.threshold,
+    )
+    figures = scores.as_dict() | {
+        "unseen_pictures": unseen.pictures,
+        "unseen_photographs": unseen.photographs,
+        "unseen_photographs_right": unseen.photographs_right,
+    }
+    if unseen.pictures:
+        low, high = unseen.bounds
+        figures |= {"acc_unseen": unseen.accuracy, "acc_unseen_low": low, "acc_unseen_high": high}
+    if leaked.any():
+        right = metrics.is_defect(probabilities, classifier.threshold) == (data.labels == 1)
+        figures["acc_leaked"] = float(right[leaked].mean())
     tracking.log_dataset(data, folder, "testing")
-    mlflow.log_metrics({prefix + name: value for name, value in scores.as_dict().items()})
+    mlflow.log_metrics({prefix + name: value for name, value in figures.items()})
+    log_leakage(split)
+    mlflow.set_tag("unseen", str(unseen))
     mlflow.log_dict(scores.counts(), "confusion_matrix.json")
     title = f"Test accuracy {scores.accuracy:.2%}"
     mlflow.log_figure(report.confusion_matrix(title, scores), "confusion_matrix.png")
-    return scores
+
+    print(f"{folder / 'test'}: accuracy {scores.accuracy:.4f}, ROC AUC {scores.roc_auc:.4f}")
+    print(scores.table())
+    print(split.leakage)
+    if "acc_leaked" in figures:
+        print(f"  accuracy on those {figures['acc_leaked']:.4f}")
+    print(f"  {unseen}")
+    return Evaluated(scores, unseen, float(leaked.mean()), data.digest)
 
 
 def register(
-    model_uri: str, run_id: str, scores: Scores, val_accuracy: float, names: MLflowNames
+    model_uri: str, run_id: str, evaluated: Evaluated, val_accuracy: float, names: MLflowNames
 ) -> tuple[Version, str]:
     """Register a logged model under the name that its test accuracy earns; decide the alias.
 
     Returns:
         The version, and a sentence that says what was done.
     """
+    scores = evaluated.scores
     description = (
         f"Test accuracy {scores.accuracy:.4f} on {scores.pictures} pictures: "
         f"{scores.defects_missed} defects let through, {scores.ok_rejected} good parts rejected. "
+        f"{evaluated.leaked_share:.1%} of them show a photograph of training; {evaluated.unseen}. "
         f"Validation accuracy {val_accuracy:.4f}."
     )
     name = registry.gate(scores.accuracy, names)
-    version = registry.register(model_uri, run_id, scores.accuracy, description, name)
+    version = registry.register(
+        model_uri, run_id, scores.accuracy, description, name, evaluated.tags()
+    )
     mlflow.set_tag("registered_version", version.uri)
     done = f"Registered as {version.name} version {version.number}"
     if name == names.testing_model_name:

@@ -1,0 +1,35 @@
+"""The pipeline and the audit on real castings, a quarter of them."""
+
+import pytest
+
+import truth
+from conftest import SMALL, Project
+from defect_detection import audit
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def castings(tmp_path_factory):
+    """Every fourth of the real castings, where they are."""
+    if not truth.CASTINGS.is_dir():
+        pytest.skip("the real castings are not here (../shared/data/casting)")
+    return truth.link(sorted(truth.photographs())[::4], tmp_path_factory.mktemp("castings"))
+
+
+def test_photographs_of_castings_are_found(castings):
+    found = audit.inspect(castings, (64, 64), Project.cache)
+    precision, recall = truth.precision_and_recall(found.groups())
+    assert precision >= 0.98
+    assert recall >= 0.95
+    assert sum(map(len, found.leaked.values())) > 0.9 * sum(found.pictures["test"].values())
+
+
+def test_castings_are_read_learned_and_judged(castings, tmp_path):
+    project = Project(tmp_path / "project")
+    project.configure(lambda c: c["model_parameters"].update(sets=SMALL["sets"][1:2], epochs=8))
+    assert "show a photograph that is also in training" in project.succeed(
+        "src/train.py", "--data", castings
+    )
+    printed = project.succeed("src/evaluation.py", "--data", castings)
+    assert float(printed.split("accuracy ")[1].split(",")[0]) > 0.7
