@@ -3,7 +3,7 @@
 # make test                     the tests
 # make sample                   draw the synthetic pictures in data/
 # make lint                     style of the code
-# make bench                    what MLflow costs, measured
+# make bench                    what finding photographs and MLflow cost, measured
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
@@ -31,6 +31,7 @@ lint: .venv/.installed
 	.venv/bin/ruff format --check .
 
 bench: .venv/.installed
+	$(PYTHON) tests/benchmarks/photographs.py
 	$(PYTHON) tests/benchmarks/tracking_cost.py
 
 .venv/.installed: requirements.txt .ci/setup

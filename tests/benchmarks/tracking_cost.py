@@ -19,7 +19,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from defect_detection import dataset, model, settings, tracking, training  # noqa: E402
+from defect_detection import audit, model, settings, tracking, training  # noqa: E402
+
+DRAWN = {"train": {"def_front": 32, "ok_front": 32}, "test": {"def_front": 1, "ok_front": 1}}
 
 
 def main() -> None:
@@ -30,9 +32,9 @@ def main() -> None:
     parameters = replace(parameters, patience=parameters.epochs)  # all epochs, with and without
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
-        sample.draw_all(pictures, 0, {"train": {"def_front": 32, "ok_front": 32}})
-        data = dataset.load(pictures, "train", parameters.image_size, Path(folder) / "cache")
-        rows = dataset.split_validation(data.labels, parameters.validation_share, parameters.seed)
+        sample.draw_all(pictures, 0, DRAWN)
+        split = audit.load(pictures, parameters.image_size, Path(folder) / "cache")
+        data, rows = split.training, split.hold_back(parameters.validation_share, parameters.seed)
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
         with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
@@ -51,7 +53,7 @@ def main() -> None:
                 fitted += time.perf_counter() - started
                 one = replace(parameters, sets=[hyper])
                 started = time.perf_counter()
-                train.fit_sets(one, data, pictures, experiment)
+                train.fit_sets(one, split, pictures, experiment)
                 tracked += time.perf_counter() - started
     print(f"{len(parameters.sets)} sets of {parameters.epochs} epochs, {len(data)} pictures")
     print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")
