@@ -227,10 +227,9 @@ def text(audit: Audit) -> str:
     if audit.split_file:
         lines.append(f"  as {SPLIT_FILE} says; delete it to go back to the folders")
     how = f"as {GROUPS_FILE} says" if audit.groups_file else "found by comparing the pictures"
-    largest = len(audit.photographs[0]) if audit.photographs else 0
-    lines.append(
-        f"photographs   {len(audit.photographs)}, {how}; {largest} pictures of one at most"
-    )
+    largest = max(map(len, audit.photographs), default=0)
+    most = f"; {largest} pictures of one at most" if largest > 1 else ""
+    lines.append(f"photographs   {len(audit.photographs)}, {how}{most}")
     if audit.leaked:
         leaked = ", ".join(
             f"{len(paths)} of {audit.pictures['test'][name]} {name}"
