@@ -38,6 +38,11 @@ class Split:
         )
 
     @property
+    def leaked_share(self) -> float:
+        """Share of the test pictures that are leaked, in [0, 1]."""
+        return float(self.leaked.mean())
+
+    @property
     def leakage(self) -> str:
         """The leakage in a sentence."""
         return _leakage(int(self.leaked.sum()), len(self.testing))
@@ -159,10 +164,11 @@ def inspect(data: Path, image_size: tuple[int, int], cache: Path) -> Audit:
         for path, content, number in zip(side.paths, side.contents, photographs, strict=True):
             by_number[int(number)].append(path)
             by_content[content].append(path)
-    leaked = np.zeros(0, bool)
-    if len(numbers) == 2:
-        leaked = np.isin(numbers[1], numbers[0])
-    testing = sides.get("test")
+    leaked = {}
+    if len(sides) == 2:
+        split = Split(*sides.values(), *numbers)
+        paths = np.array(split.testing.paths)[split.leaked].tolist()
+        leaked = {name: [p for p in paths if Path(p).parent.name == name] for name in CLASSES}
     usual, odd = _odd_sized(data, [path for side in sides.values() for path in side.paths])
     return Audit(
         folder=str(data),
@@ -181,16 +187,7 @@ def inspect(data: Path, image_size: tuple[int, int], cache: Path) -> Audit:
             for paths in by_number.values()
             if len({Path(path).parent.name for path in paths}) == 2
         ),
-        leaked={
-            name: [
-                path
-                for path, leak in zip(testing.paths, leaked, strict=True)
-                if leak and Path(path).parent.name == name
-            ]
-            for name in CLASSES
-        }
-        if testing
-        else {},
+        leaked=leaked,
     )
 
 

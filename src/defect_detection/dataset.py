@@ -99,18 +99,17 @@ def pictures(data: Path, split: str) -> list[Path]:
         return in_folder(data, split)
     side = read_mapping(data / SPLIT_FILE, "path", "split")
     found = []
-    for path in sorted(
-        (path for folder in SPLITS if (data / folder).is_dir() for path in in_folder(data, folder)),
-        key=lambda path: CLASSES.index(path.parent.name),
-    ):
-        if side.get(path.relative_to(data).as_posix()) not in SPLITS:
+    folders = [folder for folder in SPLITS if (data / folder).is_dir()]
+    for path in (path for folder in folders for path in in_folder(data, folder)):
+        name = path.relative_to(data).as_posix()
+        if side.get(name) not in SPLITS:
             raise PipelineError(
-                f"{data / SPLIT_FILE} does not say whether {path.relative_to(data)} is train or "
-                f"test. Run 'python src/audit.py --resplit 0.2' again, or delete the file"
+                f"{data / SPLIT_FILE} does not say whether {name} is train or test. Run "
+                f"'python src/audit.py --resplit 0.2' again, or delete the file"
             )
-        if side[path.relative_to(data).as_posix()] == split:
+        if side[name] == split:
             found.append(path)
-    return found
+    return sorted(found, key=lambda path: CLASSES.index(path.parent.name))
 
 
 def in_folder(data: Path, split: str) -> list[Path]:

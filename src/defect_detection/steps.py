@@ -202,9 +202,8 @@ def over_folds(scores: list[Scores], figure: str) -> tuple[float, float, float]:
 
 def log_leakage(split: Split) -> None:
     """Log which share of the test pictures shows a photograph that is also in training."""
-    share = float(split.leaked.mean())
-    mlflow.log_metric("leaked_share", share)
-    mlflow.set_tags({"leaked_share": repr(share), "leakage": split.leakage})
+    mlflow.log_metric("leaked_share", split.leaked_share)
+    mlflow.set_tags({"leaked_share": repr(split.leaked_share), "leakage": split.leakage})
 
 
 def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "") -> Evaluated:
@@ -246,7 +245,7 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
     if "acc_leaked" in figures:
         print(f"  accuracy on those {figures['acc_leaked']:.4f}")
     print(f"  {unseen}")
-    return Evaluated(scores, unseen, float(leaked.mean()), data.digest)
+    return Evaluated(scores, unseen, split.leaked_share, data.digest)
 
 
 def register(
