@@ -92,6 +92,12 @@ def _pose(rng: np.random.Generator, size: Point) -> tuple[Point, float, float]:
     return centre, min(size) * rng.uniform(0.96, 1.04), rng.uniform(0, 2 * math.pi)
 
 
+def _turned(centre: Point, side: float, turn: float, x: float, y: float) -> Point:
+    """Return where a point of the part lies, given in sides from its centre."""
+    cosine, sine = math.cos(turn), math.sin(turn)
+    return (centre[0] + side * (x * cosine - y * sine), centre[1] + side * (x * sine + y * cosine))
+
+
 def _dot(pen: Pen, centre: Point, radius: float, tone: int, outline: int | None = None) -> None:
     (x, y), r = centre, radius
     pen.ellipse((x - r, y - r, x + r, y + r), fill=tone, outline=outline, width=4)
@@ -114,13 +120,9 @@ def gear(pen: Pen, rng: np.random.Generator, size: Point) -> None:
 def plate(pen: Pen, rng: np.random.Generator, size: Point) -> None:
     """A rectangular plate with five holes."""
     centre, side, turn = _pose(rng, size)
-    cosine, sine = math.cos(turn), math.sin(turn)
 
     def at(x: float, y: float) -> Point:
-        return (
-            centre[0] + side * (x * cosine - y * sine),
-            centre[1] + side * (x * sine + y * cosine),
-        )
+        return _turned(centre, side, turn, x, y)
 
     pen.polygon([at(-0.4, -0.24), at(0.4, -0.24), at(0.4, 0.24), at(-0.4, 0.24)], fill=130)
     for x, y, r in ((-0.3, -0.15, 3), (0.3, -0.15, 3), (-0.3, 0.15, 3), (0.3, 0.15, 3), (0, 0, 8)):
@@ -138,13 +140,7 @@ def bracket(pen: Pen, rng: np.random.Generator, size: Point) -> None:
         (0.36, 0.34),
         (-0.36, 0.34),
     )
-    outline = [
-        (
-            centre[0] + side * (x * math.cos(turn) - y * math.sin(turn)),
-            centre[1] + side * (x * math.sin(turn) + y * math.cos(turn)),
-        )
-        for x, y in corners
-    ]
+    outline = [_turned(centre, side, turn, x, y) for x, y in corners]
     pen.polygon(outline, fill=110)
     pen.line([outline[0], outline[4]], fill=160, width=int(side * 0.04))
     pen.line(outline + outline[:1], fill=70, width=4)

@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import sqlite3
+import threading
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -208,6 +208,11 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_cache_is_shared_by_two_processes_at_once(tmp_path, find, three):
     find(three[0])
-    with sqlite3.connect(next(Path(tmp_path / "cache").iterdir())) as other:
-        other.execute("SELECT count(*) FROM pairs").fetchone()
-        assert len(find(three[0] | three[1])) == 6
+    (file,) = (tmp_path / "cache").iterdir()
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # it writes, and takes half a second
+    release = threading.Timer(0.5, other.execute, ["COMMIT"])
+    release.start()
+    assert len(find(three[0] | three[1])) == 6
+    release.join()
+    other.close()
