@@ -72,15 +72,18 @@ def main() -> None:
             fitted = steps.fit(
                 "re-train",
                 partial(make_model, start, parameters.image_size, shared.sets[0]),
-                split.training,
+                split,
                 rows,
                 Schedule(
                     parameters.learning_rate,
+                    shared.sets[0].weight_decay,
                     parameters.batch_size,
                     parameters.epochs,
+                    shared.epoch_pictures,
                     shared.patience,
                     shared.seed,
                 ),
+                settings.device(env),
                 verbose=2,
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
             )

@@ -33,6 +33,7 @@ def main() -> None:
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     folder = script.data_folder(options.data, env, config.paths.data_path)
+    device = settings.device(env)
     best_file = settings.from_root(config.paths.best_model)
     require_writable(best_file.parent)
 
@@ -43,11 +44,11 @@ def main() -> None:
         print(f"{folder / 'train'}: {split.training.counts}\n{split.leakage}", flush=True)
         if options.folds:
             validated = validate_sets(
-                config.model_parameters, options.folds, split, folder, experiment
+                config.model_parameters, options.folds, split, folder, experiment, device
             )
             print(folds_table(validated, options.folds))
             return
-        fitted = fit_sets(config.model_parameters, split, folder, experiment)
+        fitted = fit_sets(config.model_parameters, split, folder, experiment, device)
         best = max(fitted, key=lambda one: (one.val_accuracy, -one.val_loss))
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         kept = tracking.BestModel(
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def fit_sets(
-    parameters: ModelParameters, split: Split, folder: Path, experiment: str
+    parameters: ModelParameters, split: Split, folder: Path, experiment: str, device: str
 ) -> list[Fitted]:
     """Fit and log each set in a run of its own, all on the same pictures."""
     rows = split.hold_back(parameters.validation_share, parameters.seed)
@@ -73,9 +74,10 @@ def fit_sets(
             one = steps.fit(
                 hyper.name,
                 partial(build, parameters, hyper),
-                split.training,
+                split,
                 rows,
                 parameters.schedule(hyper),
+                device,
                 verbose=1 if sys.stdout.isatty() else 2,
             )
             fitted.append(one)
@@ -83,7 +85,12 @@ def fit_sets(
 
 
 def validate_sets(
-    parameters: ModelParameters, folds: int, split: Split, folder: Path, experiment: str
+    parameters: ModelParameters,
+    folds: int,
+    split: Split,
+    folder: Path,
+    experiment: str,
+    device: str,
 ) -> list[CrossValidated]:
     """Cross-validate and log each set in a run of its own, all on the same folds."""
     validated = []
@@ -100,6 +107,7 @@ def validate_sets(
                 folds,
                 parameters.schedule(hyper),
                 parameters.validation_share,
+                device,
             )
             validated.append(one)
     return validated

@@ -224,18 +224,20 @@ def _parse(body: bytes) -> object:
 SMALL = {
     "image_size": [64, 64],
     "epochs": 8,
+    "epoch_pictures": 1,
     "sets": [
         {
             "name": name,
             "filters": filters,
             "dropout": 0.1,
             "learning_rate": rate,
-            "batch_size": 16,
+            "weight_decay": 0.0001,
+            "batch_size": 8,
         }
         for name, filters, rate in (
-            ("one", [8, 16], 0.01),
-            ("two", [8, 12, 16], 0.01),
-            ("three", [12, 16], 0.005),
+            ("one", [8, 12, 16], 0.02),
+            ("two", [8, 12, 16, 16], 0.02),
+            ("three", [12, 16, 16], 0.01),
         )
     ],
 }

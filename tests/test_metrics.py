@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
 from defect_detection import metrics
 
@@ -32,6 +33,7 @@ def test_all_figures_are_logged_by_name():
         "ok_rejected": 0,
         "ok_passed": 1,
         "roc_auc": 1.0,
+        "calibration_error": 0.0,
         "accuracy": 1.0,
         "balanced_accuracy": 1.0,
         "recall_def_front": 1.0,
@@ -89,4 +91,31 @@ def test_many_unseen_photographs_tell_and_none_tells_nothing():
     assert str(many).endswith("99 of 100 right, 95% bounds 0.946 to 1.000")
     assert str(metrics.Unseen(0, 0, 0, 0)) == (
         "no unseen picture: nothing is known about new parts"
+    )
+
+
+def test_calibration_error_of_a_known_case():
+    labels = np.array([1, 1, 1, 0, 0])
+    probabilities = np.array([0.92, 0.96, 0.35, 0.31, 1.0])
+    # [0.3, 0.4): mean 0.33, share 0.5, 2 of 5. [0.9, 1]: mean 0.96, share 2/3, 3 of 5.
+    expected = 2 / 5 * (0.5 - 0.33) + 3 / 5 * (0.96 - 2 / 3)
+    assert metrics.calibration_error(labels, probabilities) == pytest.approx(expected, abs=1e-12)
+
+
+def test_temperature_undoes_what_was_done_to_the_log_odds():
+    rng = np.random.default_rng(0)
+    log_odds = rng.normal(0, 2, 20_000)
+    labels = (rng.random(20_000) < expit(log_odds)).astype(int)
+    for factor in (1, 2.5, 0.6):
+        found = metrics.temperature(labels, expit(log_odds * factor), np.ones(20_000))
+        assert found == pytest.approx(factor, rel=0.05)
+
+
+def test_temperature_stays_in_its_limits_where_all_is_right_or_all_is_wrong():
+    labels = np.array([0, 1])
+    low, high = metrics.TEMPERATURES
+    assert metrics.temperature(labels, np.array([0.0, 1.0]), np.ones(2)) >= low
+    assert metrics.temperature(labels, np.array([0.1, 0.9]), np.ones(2)) == pytest.approx(low, 0.01)
+    assert metrics.temperature(labels, np.array([1.0, 0.0]), np.ones(2)) == pytest.approx(
+        high, 0.01
     )

@@ -46,10 +46,11 @@ def retrained(tmp_path_factory, learnable):
     shutil.copytree(learnable / "train", swapped / "train")
     shutil.copytree(learnable / "test" / "def_front", swapped / "test" / "ok_front")
     shutil.copytree(learnable / "test" / "ok_front", swapped / "test" / "def_front")
-    project.configure_retraining(image_size=[64, 64], epochs=8, learning_rate=0.01, batch_size=16)
+    project.configure_retraining(image_size=[64, 64], epochs=8, learning_rate=0.02, batch_size=8)
     project.printed = [project.succeed(SCRIPT, "--data", learnable)]
-    project.printed.append(project.succeed(SCRIPT, "--data", swapped, "--epochs", 1))
-    project.printed.append(project.succeed(SCRIPT, "--data", learnable, "--epochs", 2))
+    gently = ("--learning-rate", 0.002)
+    project.printed.append(project.succeed(SCRIPT, "--data", swapped, "--epochs", 1, *gently))
+    project.printed.append(project.succeed(SCRIPT, "--data", learnable, "--epochs", 2, *gently))
     mlflow.set_tracking_uri(f"sqlite:///{project.root}/mlflow.db")
     return project
 
@@ -98,10 +99,10 @@ def test_fine_tuning_starts_from_the_weights_of_its_start(retrained):
 
 def test_parameters_are_those_of_the_yaml_and_the_options(retrained):
     first, second, _ = runs()
-    assert first.data.params["learning_rate"] == "0.01"
+    assert first.data.params["learning_rate"] == "0.02"
     assert (first.data.params["epochs"], second.data.params["epochs"]) == ("8", "1")
     # Layers are said of a new model only: of one that was loaded, the file says nothing.
-    assert first.data.params["filters"] == "[8, 16]"
+    assert first.data.params["filters"] == "[8, 12, 16]"
     assert "filters" not in second.data.params
 
 

@@ -22,7 +22,7 @@ SIZE = (32, 32)
 @pytest.fixture(scope="module")
 def cnn() -> keras.Model:
     keras.utils.set_random_seed(0)
-    return model.build(SIZE, HyperParameters("small", [8, 12], 0.1, 0.01, 8))
+    return model.build(SIZE, HyperParameters("small", [8, 12], 0.1, 0.01, 0.0001, 8))
 
 
 @pytest.fixture

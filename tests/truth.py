@@ -1,12 +1,19 @@
-"""The real castings and what is known of their photographs, to measure against."""
+"""What is known of pictures, to measure against: photographs of castings, places of defects."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
+from unittest import mock
 
-from defect_detection import settings
+import numpy as np
+from PIL import Image
+
+import sample
+from defect_detection import images, metrics, settings
+from defect_detection.classifier import Classifier
 
 CASTINGS = settings.ROOT.parent / "shared" / "data" / "casting"
 
@@ -45,3 +52,45 @@ def precision_and_recall(found: dict[str, int]) -> tuple[float, float]:
     right = pairs(number, photo)
     wrong = pairs(number) - pairs(number, merged)
     return right / (right + wrong), right / pairs(photo)
+
+
+def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]:
+    """Draw defective castings and see where the classifier's map is highest.
+
+    Returns:
+        For how many the place (a square of 4 x 4 pixels of the model's picture) touches the
+        defect, and how many of the `count` are found at all.
+    """
+    inside = found = 0
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        image, mask = draw_with_mask(rng, rng.choice(list(sample.DEFECTS)))
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG")
+        picture = images.decode(encoded.getvalue(), classifier.image_size)
+        probabilities, maps = classifier.examine(picture[np.newaxis])
+        if metrics.is_defect(probabilities[0], classifier.threshold):
+            found += 1
+            row, column = np.unravel_index(maps[0].argmax(), maps[0].shape)
+            side = mask.shape[0] // maps.shape[1]
+            place = mask[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            inside += bool(place.any())
+    return inside, found
+
+
+def draw_with_mask(rng: np.random.Generator, defect: str) -> tuple[Image.Image, np.ndarray]:
+    """Draw a casting as `sample.draw` does, and say which of the drawn pixels the defect changed.
+
+    The mask is bool, of sample.SCALE times the picture's sides.
+    """
+    masks = []
+
+    def watched(rng: np.random.Generator, part: object, image: Image.Image) -> None:
+        before = np.asarray(image).copy()
+        draw(rng, part, image)
+        masks.append(before != np.asarray(image))
+
+    draw = sample.DEFECTS[defect]
+    with mock.patch.dict(sample.DEFECTS, {defect: watched}):
+        image = sample.draw(rng, defect)
+    return image, masks[0]

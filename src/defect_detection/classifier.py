@@ -13,6 +13,7 @@ from defect_detection import PipelineError, images, metrics, native_output
 # A flavour of the registered model, beside MLflow's own: its entry in the file MLmodel.
 FLAVOUR = "litert"
 MODEL_FILE = "model.tflite"
+PROBABILITY, MAP = "defect_probability", "defect_map"  # outputs of the LiteRT model
 BATCH = 64
 
 
@@ -33,7 +34,8 @@ class Classifier:
         with native_output.held_back():
             self._interpreter = Interpreter(model_content=model, num_threads=os.cpu_count())
             self._input = self._interpreter.get_input_details()[0]["index"]
-            self._output = self._interpreter.get_output_details()[0]["index"]
+            outputs = self._interpreter.get_signature_runner().get_output_details()
+            self._outputs = {name: detail["index"] for name, detail in outputs.items()}
             self._batch = 0
             self._invoke(np.zeros((1, *image_size, 1), np.uint8))  # the first call builds kernels
 
@@ -56,11 +58,24 @@ class Classifier:
 
     def probabilities(self, pictures: np.ndarray) -> np.ndarray:
         """Return the probability of a defect, float32 (n,), for uint8 (n, height, width, 1)."""
-        scores = [
-            self._invoke(pictures[start : start + BATCH])
-            for start in range(0, len(pictures), BATCH)
-        ]
-        return np.concatenate(scores) if scores else np.empty(0, np.float32)
+        return self.examine(pictures)[0]
+
+    def examine(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probability of a defect and where the evidence of it lies.
+
+        Args:
+            pictures: uint8 (n, height, width, 1).
+
+        Returns:
+            Probabilities, float32 (n,), and maps, float32 (n, height / 4, width / 4): the evidence
+            at each place, 0 or more; the probability grows with its mean.
+        """
+        parts = [self._invoke(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)]
+        if not parts:
+            height, width = self.image_size
+            return np.empty(0, np.float32), np.empty((0, height // 4, width // 4), np.float32)
+        probabilities, maps = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return probabilities, maps
 
     def classify(self, source: Path | bytes) -> Verdict:
         """Decode and judge one picture.
@@ -73,11 +88,12 @@ class Classifier:
         found = metrics.is_defect(probability, self.threshold)
         return Verdict("defect" if found else "ok", probability)
 
-    def _invoke(self, pictures: np.ndarray) -> np.ndarray:
+    def _invoke(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pictures) != self._batch:
             self._interpreter.resize_tensor_input(self._input, pictures.shape)
             self._interpreter.allocate_tensors()
             self._batch = len(pictures)
         self._interpreter.set_tensor(self._input, pictures.astype(np.float32))
         self._interpreter.invoke()
-        return self._interpreter.get_tensor(self._output)[:, 0]
+        probabilities = self._interpreter.get_tensor(self._outputs[PROBABILITY])
+        return probabilities[:, 0], self._interpreter.get_tensor(self._outputs[MAP])[..., 0]

@@ -132,7 +132,7 @@ def read(
         skipped = _decode_all(paths, data, image_size, stem)
         _delete_old(cache)
     shape = (len(paths) - len(skipped), height, width, 1)
-    pixels = np.memmap(_pixels(stem), np.uint8, "r", shape=shape) if shape[0] else np.empty(shape)
+    pixels = np.memmap(_pixels(stem), np.uint8, "c", shape=shape) if shape[0] else np.empty(shape)
 
     unreadable = {path for path, _ in skipped}
     kept = [i for i, path in enumerate(names) if path not in unreadable]

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 TELLING_WIDTH = 0.2  # between bounds; wider ones tell nothing
+EPS = 1e-7  # the least probability that a float32 sigmoid is trusted with
+# A few photographs that are all judged rightly would ask for endless certainty.
+TEMPERATURES = (0.25, 5.0)
 THRESHOLD = 0.5  # of the probability; the accuracy that decides on registration is taken at it
 
 
@@ -18,6 +21,7 @@ class Scores:
         ok_rejected: good parts with the verdict defect.
         ok_passed: good parts with the verdict ok.
         roc_auc: area under the ROC curve, in [0, 1].
+        calibration_error: as `calibration_error` gives it.
     """
 
     defects_found: int
@@ -25,6 +29,7 @@ class Scores:
     ok_rejected: int
     ok_passed: int
     roc_auc: float
+    calibration_error: float
 
     @property
     def pictures(self) -> int:
@@ -53,7 +58,8 @@ class Scores:
 
     def counts(self) -> dict[str, int]:
         """Return the confusion matrix by name."""
-        return {name: value for name, value in asdict(self).items() if name != "roc_auc"}
+        figures = ("roc_auc", "calibration_error")
+        return {name: value for name, value in asdict(self).items() if name not in figures}
 
     def table(self) -> str:
         """Lay the confusion matrix out: rows are the folders, columns the verdicts."""
@@ -162,4 +168,39 @@ def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Sc
         ok_rejected=int((~defect & found).sum()),
         ok_passed=int((~defect & ~found).sum()),
         roc_auc=float(roc_auc_score(labels, probabilities)),
+        calibration_error=calibration_error(labels, probabilities),
     )
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
+    """Return the expected calibration error, in [0, 1].
+
+    It is the mean distance between the probability of a defect and the share of defects, in
+    `bins` classes of the same width (Naeini et al., AAAI 2015; Guo et al., ICML 2017).
+    """
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gap = np.bincount(which, probabilities - (labels == 1), bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def temperature(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> float:
+    """Return what to divide the log-odds by for the lowest cross-entropy (Guo et al., 2017).
+
+    Args:
+        labels: (n,), 1 = defect.
+        probabilities: (n,) of a defect.
+        weights: (n,) how much each counts.
+    """
+    from scipy.optimize import minimize_scalar  # inference does not need it
+    from scipy.special import log_expit, logit
+
+    # The sign of the log-odds of what is true: negative where the verdict is wrong.
+    safe = np.clip(probabilities.astype(float), EPS, 1 - EPS)
+    margins = np.where(labels == 1, 1, -1) * logit(safe)
+    low, high = (np.log(limit) for limit in TEMPERATURES)
+    found = minimize_scalar(
+        lambda x: -np.sum(weights * log_expit(margins / np.exp(x))),
+        bounds=(low, high),
+        method="bounded",
+    )
+    return float(np.exp(found.x))

@@ -20,6 +20,7 @@ CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
 API_PORT = 5001  # where neither .env nor the environment says another, as with the next
 JOBS_PATH = ".jobs"
+DEVICES = ("auto", "cpu", "gpu")  # what DEVICE may say
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ class HyperParameters:
     filters: Annotated[list[Count], Field(min_length=1)]
     dropout: Share
     learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
     batch_size: BatchSize
 
     def layers(self) -> dict[str, object]:
@@ -63,16 +65,20 @@ class Schedule:
     """How a model is fitted, whatever its layers.
 
     Attributes:
-        learning_rate: at the start; it falls along a cosine to 0 at the last epoch.
+        learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
+        weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: pictures in a step.
         epochs: the most epochs.
+        epoch_pictures: the fewest pictures that an epoch draws, however few there are.
         patience: epochs without a better one before the fit ends.
         seed: of everything random.
     """
 
     learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
     batch_size: BatchSize
     epochs: Epochs
+    epoch_pictures: Count
     patience: Count
     seed: Annotated[int, Field(ge=0)]
 
@@ -83,6 +89,7 @@ class ModelParameters:
 
     image_size: ImageSize
     epochs: Epochs
+    epoch_pictures: Count
     patience: Count
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
@@ -99,7 +106,13 @@ class ModelParameters:
     def schedule(self, hyper: HyperParameters) -> Schedule:
         """Return how one of the sets is fitted."""
         return Schedule(
-            hyper.learning_rate, hyper.batch_size, self.epochs, self.patience, self.seed
+            hyper.learning_rate,
+            hyper.weight_decay,
+            hyper.batch_size,
+            self.epochs,
+            self.epoch_pictures,
+            self.patience,
+            self.seed,
         )
 
 
@@ -260,6 +273,18 @@ def environment(environ: Mapping[str, str] = os.environ, env_file: Path = ENV_FI
     """Merge `.env` with the process's environment, which wins; empty values count as unset."""
     merged = {**dotenv_values(env_file), **environ}
     return {name: value for name, value in merged.items() if value}
+
+
+def device(env: Mapping[str, str]) -> str:
+    """Return DEVICE, which says where a model is fitted: "auto", "cpu" or "gpu".
+
+    Raises:
+        PipelineError: it is something else.
+    """
+    asked = env.get("DEVICE", DEVICES[0])
+    if asked not in DEVICES:
+        raise PipelineError(f"DEVICE is {asked!r}, expected one of: {', '.join(DEVICES)}")
+    return asked
 
 
 def from_root(path: str | Path) -> Path:

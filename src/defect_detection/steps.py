@@ -11,7 +11,6 @@ import numpy as np
 from defect_detection import dataset, metrics, registry, report, tracking
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
-from defect_detection.dataset import Dataset
 from defect_detection.metrics import Scores, Unseen
 from defect_detection.registry import Version
 from defect_detection.settings import InferenceExamples, MLflowNames, Schedule
@@ -25,6 +24,7 @@ CROSS_VALIDATED = {
     "recall_def_front": "recall def_front",
     "recall_ok_front": "recall ok_front",
     "roc_auc": "ROC AUC",
+    "calibration_error": "calibration error",
 }
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices of the training and of the validation pictures
@@ -64,9 +64,10 @@ class Fitted:
 def fit(
     name: str,
     make_model: "Callable[[], keras.Model]",
-    data: Dataset,
+    split: Split,
     rows: Rows,
     schedule: Schedule,
+    device: str,
     verbose: int,
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Fitted:
@@ -75,17 +76,20 @@ def fit(
     Args:
         name: what the fit is called in tables and pictures.
         make_model: is called after the seed is set.
-        data: the training pictures.
+        split: its training pictures are taken.
         rows: which of them to learn from and which to validate on.
         schedule: learning rate, batch size, epochs, patience, seed.
+        device: "auto", "cpu" or "gpu"; which it was is logged as a tag.
         verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
         on_epoch: is called with the number of each epoch that has ended, from 1.
 
     Raises:
-        PipelineError: the fit diverged.
+        PipelineError: the fit diverged, or there is no GPU and `device` is "gpu".
     """
     # TensorFlow takes 4 s to import: not before the options, the data and the store are good.
-    from defect_detection import training
+    from defect_detection import devices, training
+
+    data = split.training
 
     def log_epoch(epoch: int, values: dict[str, float]) -> None:
         mlflow.log_metrics(values, step=epoch)
@@ -96,18 +100,25 @@ def fit(
         | {"image_size": list(data.images.shape[1:3])}
         | {"training_pictures": len(rows[0]), "validation_pictures": len(rows[1])}
     )
-    training.make_deterministic(schedule.seed)
-    result = training.fit(
-        make_model(),
-        data.images,
-        data.labels,
-        *rows,
-        schedule,
-        on_epoch=log_epoch,
-        verbose=verbose,
-    )
+    with devices.chosen(device, make_model, data.images, data.labels) as chosen:
+        mlflow.set_tags(chosen.tags())
+        training.make_deterministic(schedule.seed)
+        result = training.fit(
+            make_model(),
+            data.images,
+            data.labels,
+            split.training_photographs,
+            *rows,
+            schedule,
+            on_epoch=log_epoch,
+            verbose=verbose,
+        )
     mlflow.log_metrics(
-        {"best_epoch": result.best_epoch, "fit_seconds": result.seconds}
+        {
+            "best_epoch": result.best_epoch,
+            "fit_seconds": result.seconds,
+            "temperature": result.temperature,
+        }
         | {f"best_{key}": value for key, value in result.best.items()}
     )
     curves = report.learning_curves(name, result.history, result.best_epoch)
@@ -139,6 +150,7 @@ def cross_validate(
     folds: int,
     schedule: Schedule,
     validation_share: float,
+    device: str,
 ) -> CrossValidated:
     """Fit a model for each fold of the training pictures, score it on the fold and log that.
 
@@ -148,43 +160,46 @@ def cross_validate(
     Raises:
         PipelineError: there are too few photographs, or a fit diverged.
     """
-    from defect_detection import model, training  # TensorFlow, as in `fit`
+    from defect_detection import devices, model, training  # TensorFlow, as in `fit`
 
     data, photographs = split.training, split.training_photographs
     mlflow.log_params(asdict(schedule) | {"image_size": list(data.images.shape[1:3])})
     found = CrossValidated(name, [], [])
     divided = dataset.folds(data.labels, photographs, folds, schedule.seed)
-    for number, (others, fold) in enumerate(divided, start=1):
-        learned, held_back = dataset.split_validation(
-            data.labels[others], photographs[others], validation_share, schedule.seed
-        )
-        training.make_deterministic(schedule.seed)
-        fitted = training.fit(
-            make_model(),
-            data.images,
-            data.labels,
-            others[learned],
-            others[held_back],
-            schedule,
-            verbose=0,
-        )
-        classifier = Classifier(
-            model.to_litert(fitted.model), data.images.shape[1:3], metrics.THRESHOLD
-        )
-        labels, probabilities = data.labels[fold], classifier.probabilities(data.images[fold])
-        by_photograph = metrics.by_photograph(labels, probabilities, photographs[fold])
-        for of, scores, judged in (
-            ("pictures", found.pictures, (labels, probabilities)),
-            ("photographs", found.photographs, by_photograph),
-        ):
-            scores.append(metrics.score(*judged, metrics.THRESHOLD))
-            figures = scores[-1].as_dict()
-            mlflow.log_metrics({f"{of}_{key}": v for key, v in figures.items()}, step=number)
-        print(
-            f"  fold {number} of {folds}: {len(fold)} pictures of {len(by_photograph[0])} "
-            f"photographs, balanced accuracy {found.pictures[-1].balanced_accuracy:.4f}",
-            flush=True,
-        )
+    with devices.chosen(device, make_model, data.images, data.labels) as chosen:
+        mlflow.set_tags(chosen.tags())
+        for number, (others, fold) in enumerate(divided, start=1):
+            learned, held_back = dataset.split_validation(
+                data.labels[others], photographs[others], validation_share, schedule.seed
+            )
+            training.make_deterministic(schedule.seed)
+            fitted = training.fit(
+                make_model(),
+                data.images,
+                data.labels,
+                photographs,
+                others[learned],
+                others[held_back],
+                schedule,
+                verbose=0,
+            )
+            classifier = Classifier(
+                model.to_litert(fitted.model), data.images.shape[1:3], metrics.THRESHOLD
+            )
+            labels, probabilities = data.labels[fold], classifier.probabilities(data.images[fold])
+            by_photograph = metrics.by_photograph(labels, probabilities, photographs[fold])
+            for of, scores, judged in (
+                ("pictures", found.pictures, (labels, probabilities)),
+                ("photographs", found.photographs, by_photograph),
+            ):
+                scores.append(metrics.score(*judged, metrics.THRESHOLD))
+                figures = scores[-1].as_dict()
+                mlflow.log_metrics({f"{of}_{key}": v for key, v in figures.items()}, step=number)
+            print(
+                f"  fold {number} of {folds}: {len(fold)} pictures of {len(by_photograph[0])} "
+                f"photographs, balanced accuracy {found.pictures[-1].balanced_accuracy:.4f}",
+                flush=True,
+            )
     for of, scores in (("pictures", found.pictures), ("photographs", found.photographs)):
         for figure in CROSS_VALIDATED:
             for what, value in zip(
