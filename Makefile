@@ -3,7 +3,7 @@
 # make test                     the tests
 # make sample                   draw the synthetic pictures in data/
 # make lint                     style of the code
-# make bench                    what finding photographs and MLflow cost, measured
+# make bench                    what README says, measured: about an hour
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
@@ -33,6 +33,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
 	$(PYTHON) tests/benchmarks/tracking_cost.py
+	$(PYTHON) tests/benchmarks/generalisation.py
 
 .venv/.installed: requirements.txt .ci/setup
 	@sh .ci/setup

@@ -47,13 +47,14 @@ def main() -> None:
                     model.build(parameters.image_size, hyper),
                     data.images,
                     data.labels,
+                    split.training_photographs,
                     *rows,
                     parameters.schedule(hyper),
                 )
                 fitted += time.perf_counter() - started
                 one = replace(parameters, sets=[hyper])
                 started = time.perf_counter()
-                train.fit_sets(one, split, pictures, experiment)
+                train.fit_sets(one, split, pictures, experiment, "cpu")
                 tracked += time.perf_counter() - started
     print(f"{len(parameters.sets)} sets of {parameters.epochs} epochs, {len(data)} pictures")
     print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")

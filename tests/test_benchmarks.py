@@ -1,0 +1,15 @@
+"""README's figures are those that the benchmark wrote."""
+
+import json
+import sys
+
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+import generalisation
+
+
+def test_table_of_readme_is_made_from_the_benchmark():
+    table = generalisation.table(json.loads(generalisation.RESULTS.read_text()))
+    assert table in (ROOT / "README.md").read_text()
