@@ -371,8 +371,9 @@ def _group(digests: Sequence[str], known: "_Known") -> list[int]:
             tested.add((place[a], place[b]))
 
     def numbers() -> np.ndarray:
-        roots = [joined[digest] for digest in digests]
-        return np.unique(roots, return_inverse=True)[1]
+        # By the first picture of each group: its root depends on the order of the merges.
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(joined[one], len(first)) for one in digests], int)
 
     searched = known.searched(digests)
     new = [digest for digest in digests if digest not in searched]
