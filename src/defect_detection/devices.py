@@ -35,6 +35,28 @@ class Device:
         return {"device": self.name, "device_why": self.why}
 
 
+def forward_and_backward(
+    model: keras.Model, images: np.ndarray, labels: np.ndarray, device: str
+) -> list[np.ndarray]:
+    """Return the probabilities and the gradients of all weights; the model stays as it is."""
+    weights = model.get_weights()
+    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    rates = [layer.rate for layer in dropouts]
+    try:
+        for layer in dropouts:
+            layer.rate = 0.0  # two devices need not draw the same
+        with tf.device(device), tf.GradientTape() as tape:
+            probabilities = model(tf.cast(images, tf.float32), training=True)
+            targets = tf.cast(tf.reshape(labels, (-1, 1)), tf.float32)
+            loss = keras.losses.BinaryCrossentropy()(targets, probabilities)
+            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        return [probabilities.numpy(), *(gradient.numpy() for gradient in gradients)]
+    finally:
+        for layer, rate in zip(dropouts, rates, strict=True):
+            layer.rate = rate
+        model.set_weights(weights)
+
+
 @contextmanager
 def chosen(
     requested: str,
@@ -58,12 +80,9 @@ def chosen(
     if found:
         rows = np.linspace(0, len(labels) - 1, TRIED).astype(int)  # both classes, as sorted
         name = found[0].name.removeprefix("/device:")
-        device = checked(make_model(), images[rows], labels[rows], name)
-        log.log(
-            logging.INFO if device.name == name else logging.WARNING,
-            "Fitting on %s: %s",
-            *(device.name, device.why),
-        )
+        device = checked(make_model(), images[rows], labels[rows], name, forward_and_backward)
+        level = logging.INFO if device.name == name else logging.WARNING
+        log.log(level, "Fitting on %s: %s", device.name, device.why)
     elif requested == "gpu":
         raise PipelineError("DEVICE is gpu, and TensorFlow finds none. Set DEVICE to auto or cpu")
     else:
@@ -77,14 +96,13 @@ def checked(
     images: np.ndarray,
     labels: np.ndarray,
     name: str,
-    run: Pass | None = None,
+    run: Pass,
 ) -> Device:
     """Return the device `name` if it computes what the CPU computes, else the CPU.
 
     Compared are the probabilities and the gradients of one pass forward and backward, each by the
-    length of their difference. `run` makes that pass; a test puts a wrong device in its place.
+    length of their difference. `run` makes that pass.
     """
-    run = run or forward_and_backward
     try:
         expected, computed = (run(model, images, labels, each) for each in (CPU, name))
     except tf.errors.OpError as error:
@@ -93,28 +111,6 @@ def checked(
     if difference <= TOLERANCE:  # false also if it is not a number
         return Device(name, f"it differs from the CPU by {difference:.2g} at most")
     return Device(CPU, f"{name} computes wrongly: it differs from the CPU by {difference:.2g}")
-
-
-def forward_and_backward(
-    model: keras.Model, images: np.ndarray, labels: np.ndarray, device: str
-) -> list[np.ndarray]:
-    """Return the probabilities and the gradients of all weights; the model stays as it is."""
-    weights = model.get_weights()
-    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
-    rates = [layer.rate for layer in dropouts]
-    try:
-        for layer in dropouts:
-            layer.rate = 0.0  # two devices need not draw the same
-        with tf.device(device), tf.GradientTape() as tape:
-            probabilities = model(tf.cast(images, tf.float32), training=True)
-            targets = tf.cast(tf.reshape(labels, (-1, 1)), tf.float32)
-            loss = keras.losses.BinaryCrossentropy()(targets, probabilities)
-            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
-        return [probabilities.numpy(), *(gradient.numpy() for gradient in gradients)]
-    finally:
-        for layer, rate in zip(dropouts, rates, strict=True):
-            layer.rate = rate
-        model.set_weights(weights)
 
 
 def _largest_difference(expected: list[np.ndarray], computed: list[np.ndarray]) -> float:
