@@ -20,6 +20,7 @@ import mlflow  # noqa: E402
 
 from defect_detection import (  # noqa: E402
     audit,
+    dataset,
     jobs,
     registry,
     script,
@@ -58,7 +59,7 @@ def main() -> None:
         experiment = tracking.open_experiment(own.mlflow.experiment_name)
         split = audit.load(folder, parameters.image_size, cache)
         print(split.leakage)
-        pictures = steps.example_pictures(folder, own.inference_examples, print)
+        pictures = dataset.example_pictures(folder, own.inference_examples, print)
         start, source = choose_start(own.mlflow)
         print(f"Starting from {source}", flush=True)
         shared = config.model_parameters

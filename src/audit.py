@@ -48,10 +48,10 @@ def main() -> int:
     if options.groups:
         write_mapping(options.groups, "path", "photo", found.groups())
     if options.sheet:
-        from defect_detection import report  # matplotlib: 1 s
+        from defect_detection import plots  # matplotlib: 1 s
 
         with replacing(options.sheet) as temporary:
-            report.contact_sheet(folder, found).savefig(temporary, format="png")
+            plots.contact_sheet(folder, found).savefig(temporary, format="png")
     return int(options.strict and not found.clean)
 
 

@@ -10,7 +10,7 @@ import logging
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-from defect_detection import PipelineError, dataset, registry, script, settings, steps, tracking
+from defect_detection import PipelineError, dataset, registry, script, settings, tracking
 from defect_detection.files import replacing
 from defect_detection.images import UnreadableImage
 from defect_detection.settings import Config
@@ -40,7 +40,7 @@ def main() -> None:
         pictures = find(options.pictures)
     else:
         folder = script.data_folder(options.data, env, config.paths.data_path)
-        pictures = steps.example_pictures(folder, config.inference_examples, log.info)
+        pictures = dataset.example_pictures(folder, config.inference_examples, log.info)
 
     with tracking.connected(settings.tracking_uri(env)):
         version = registry.production_version(config.mlflow)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from conftest import Project, draw_folders
-from defect_detection import PipelineError, audit, report
+from defect_detection import PipelineError, audit, plots
 from defect_detection.files import write_mapping
 from drawings import encoded, photograph, variant
 
@@ -182,7 +182,7 @@ def test_resplit_is_clean_by_photograph_and_moves_nothing(data, cache):
 
 def test_contact_sheet_shows_the_worst(data, cache, tmp_path):
     shutil.copy(data / "train/def_front/2.jpeg", data / "test/def_front/again.jpeg")
-    figure = report.contact_sheet(data, inspect(data, cache))
+    figure = plots.contact_sheet(data, inspect(data, cache))
     shown = [child for axes in figure.axes for child in axes.child_axes]
     assert [axes.get_title(loc="left") for axes in shown[:2]] == [
         "test/def_front/\nagain.jpeg",

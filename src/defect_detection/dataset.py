@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from defect_detection import PipelineError, images
 from defect_detection.files import read_mapping, replacing
+from defect_detection.settings import InferenceExamples
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,33 @@ def first_picture(data: Path, split: str, class_name: str) -> Path:
         PipelineError: the folder is missing or holds none.
     """
     return _pictures(data / split / class_name)[0]
+
+
+def example_pictures(
+    data: Path, configured: InferenceExamples, say: Callable[[str], None]
+) -> list[Path]:
+    """Return a defective and a good example, the first of its class where one is not there.
+
+    Args:
+        data: the data folder.
+        configured: the examples, relative to it.
+        say: is told of each example that is not there.
+
+    Raises:
+        PipelineError: nor is any other picture of the class.
+    """
+    found = []
+    for name, class_name in (
+        (configured.defective_image, "def_front"),
+        (configured.ok_image, "ok_front"),
+    ):
+        example = data / name
+        if not example.is_file():
+            instead = first_picture(data, "test", class_name)
+            say(f"{example} is not there, running {instead} instead")
+            example = instead
+        found.append(example)
+    return found
 
 
 def list_pictures(folder: Path) -> list[Path]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import mlflow
 import numpy as np
 
-from defect_detection import dataset, metrics, registry, report, tracking
+from defect_detection import dataset, metrics, plots, registry, tracking
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
 from defect_detection.metrics import Scores, Unseen
 from defect_detection.registry import Version
-from defect_detection.settings import InferenceExamples, MLflowNames, Schedule
+from defect_detection.settings import MLflowNames, Schedule
 
 if TYPE_CHECKING:
     import keras
@@ -121,7 +121,7 @@ def fit(
         }
         | {f"best_{key}": value for key, value in result.best.items()}
     )
-    curves = report.learning_curves(name, result.history, result.best_epoch)
+    curves = plots.learning_curves(name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
     return Fitted(
         name=name,
@@ -252,7 +252,7 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
     mlflow.set_tag("unseen", str(unseen))
     mlflow.log_dict(scores.counts(), "confusion_matrix.json")
     title = f"Test accuracy {scores.accuracy:.2%}"
-    mlflow.log_figure(report.confusion_matrix(title, scores), "confusion_matrix.png")
+    mlflow.log_figure(plots.confusion_matrix(title, scores), "confusion_matrix.png")
 
     print(f"{folder / 'test'}: accuracy {scores.accuracy:.4f}, ROC AUC {scores.roc_auc:.4f}")
     print(scores.table())
@@ -295,30 +295,3 @@ def register(
         f"{done}; {registry.PRODUCTION_ALIAS} is version {first.number} with a test accuracy of "
         f"{first.acc:.4f}"
     )
-
-
-def example_pictures(
-    data: Path, configured: InferenceExamples, say: Callable[[str], None]
-) -> list[Path]:
-    """Return a defective and a good example, the first of its class where one is not there.
-
-    Args:
-        data: the data folder.
-        configured: the examples, relative to it.
-        say: is told of each example that is not there.
-
-    Raises:
-        PipelineError: nor is any other picture of the class.
-    """
-    found = []
-    for name, class_name in (
-        (configured.defective_image, "def_front"),
-        (configured.ok_image, "ok_front"),
-    ):
-        example = data / name
-        if not example.is_file():
-            instead = dataset.first_picture(data, "test", class_name)
-            say(f"{example} is not there, running {instead} instead")
-            example = instead
-        found.append(example)
-    return found
