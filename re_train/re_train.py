@@ -84,6 +84,7 @@ def main() -> None:
                     shared.patience,
                     shared.seed,
                 ),
+                config.decisions,
                 settings.device(env),
                 verbose=2,
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
@@ -95,8 +96,7 @@ def main() -> None:
             )
             print(done)
     for picture in pictures:
-        judged = classifier.classify(picture)
-        print(f"{picture}  {judged.verdict}  {judged.probability:.4f}")
+        print(f"{picture}  {classifier.classify(picture)}")
     reporter.result(version.name, version.number, version.acc)
 
 

@@ -20,18 +20,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One picture's outcome; the probability is that of a defect, in [0, 1]."""
+    """One picture's outcome.
+
+    Attributes:
+        path: as it was given.
+        verdict: "defect" or "ok".
+        probability: of a defect, in [0, 1].
+        review: "yes" where it is too near to the threshold to go by, else "no".
+    """
 
     path: str
     verdict: str
     probability: float
+    review: str
 
 
 def main() -> None:
     """Settings, pictures, model; then a verdict each."""
     parser = script.parser(__doc__, "python src/inference.py line3/ part.jpeg --csv verdicts.csv")
     parser.add_argument("pictures", nargs="*", metavar="IMAGE or FOLDER")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write path,verdict,probability")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write path,verdict,probability,review"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of the same keys")
     options = parser.parse_args()
     env = settings.environment()
@@ -54,8 +64,9 @@ def main() -> None:
         except UnreadableImage as error:
             skipped.append((str(picture), str(error)))
             continue
-        rows.append(Row(str(picture), judged.verdict, round(judged.probability, 6)))
-        print(f"{picture}  {judged.verdict}  {judged.probability:.4f}", flush=True)
+        review = "yes" if judged.review else "no"
+        rows.append(Row(str(picture), judged.verdict, round(judged.probability, 6), review))
+        print(f"{picture}  {judged}", flush=True)
     if options.csv:
         write_csv(options.csv, rows)
     if options.json:

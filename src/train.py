@@ -48,7 +48,7 @@ def main() -> None:
             )
             print(folds_table(validated, options.folds))
             return
-        fitted = fit_sets(config.model_parameters, split, folder, experiment, device)
+        fitted = fit_sets(config, split, folder, experiment, device)
         best = max(fitted, key=lambda one: (one.val_accuracy, -one.val_loss))
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         kept = tracking.BestModel(
@@ -60,9 +60,10 @@ def main() -> None:
 
 
 def fit_sets(
-    parameters: ModelParameters, split: Split, folder: Path, experiment: str, device: str
+    config: Config, split: Split, folder: Path, experiment: str, device: str
 ) -> list[Fitted]:
     """Fit and log each set in a run of its own, all on the same pictures."""
+    parameters = config.model_parameters
     rows = split.hold_back(parameters.validation_share, parameters.seed)
     fitted, training = [], {tracking.TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     for number, hyper in enumerate(parameters.sets, start=1):
@@ -77,6 +78,7 @@ def fit_sets(
                 split,
                 rows,
                 parameters.schedule(hyper),
+                config.decisions,
                 device,
                 verbose=1 if sys.stdout.isatty() else 2,
             )

@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
 
 from defect_detection import metrics
+from defect_detection.metrics import Errors, OperatingPoint, Paired, Rate
 
 
 def test_counts_and_rates_of_a_known_case():
@@ -119,3 +124,139 @@ def test_temperature_stays_in_its_limits_where_all_is_right_or_all_is_wrong():
     assert metrics.temperature(labels, np.array([1.0, 0.0]), np.ones(2)) == pytest.approx(
         high, 0.01
     )
+
+
+@pytest.mark.parametrize("of", [1, 3, 58, 715])
+def test_rate_has_the_bounds_of_statsmodels(of):
+    for count in {0, 1, of // 3, of - 1, of}:
+        expected = proportion_confint(count, of, 0.05, method="beta")
+        assert Rate(count, of).bounds == pytest.approx(expected, abs=1e-9)
+
+
+def test_rate_is_said_with_its_bounds_and_of_nothing_is_none():
+    assert str(Rate(28, 315)) == "28 of 315 (8.9%, 95% bounds 6.0% to 12.6%)"
+    assert np.isnan(Rate(0, 0).share) and Rate(0, 0).bounds == (0, 1)
+
+
+def test_escapes_and_overkill_of_a_known_case():
+    labels = np.array([1, 1, 1, 1, 0, 0, 0])
+    probabilities = np.array([0.9, 0.35, 0.25, 0.1, 0.05, 0.38, 0.8])
+    found = metrics.errors(labels, probabilities, OperatingPoint(0.3, 0.2, 0.4))
+    assert found == Errors(Rate(2, 4), Rate(2, 3), Rate(3, 7), Rate(1, 4), Rate(1, 3))
+    assert found.matrix() == [[2, 2], [2, 1]]
+    assert found.as_dict()["escapes_share"] == 0.5
+    assert found.as_dict()["overkill_past_review_high"] == metrics.bounds(1, 3)[1]
+
+
+counts = st.integers(0, 60)
+
+
+@given(counts, counts, counts)
+def test_mcnemar_is_that_of_statsmodels_and_the_bounds_are_the_definition(new, old, both):
+    paired = Paired(new, old, new + old + both + 1)
+    table = [[both, old], [new, 1]]
+    assert paired.p_value == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-9)
+    assert paired.difference == (new - old) / paired.of
+    apart = new + old
+    low, high = proportion_confint(new, apart, 0.05, method="beta") if apart else (0, 1)
+    expected = [apart / paired.of * (2 * share - 1) for share in (low, high)]
+    assert paired.bounds == pytest.approx(expected, abs=1e-9)
+
+
+def test_comparison_counts_who_alone_is_right_by_picture_and_by_photograph():
+    labels = np.array([1, 1, 1, 0, 0])
+    champion = np.array([0.9, 0.4, 0.3, 0.2, 0.6])
+    challenger = np.array([0.4, 0.9, 0.8, 0.1, 0.7])
+    found = metrics.compare(labels, champion, challenger, np.array([1, 1, 2, 3, 3]))
+    assert found.pictures == Paired(challenger_only=2, champion_only=1, of=5)
+    assert found.photographs == Paired(challenger_only=1, champion_only=0, of=3)
+
+
+@pytest.mark.parametrize(
+    ("photographs", "expected"),
+    [
+        (Paired(10, 0, 40), "better"),
+        (Paired(0, 10, 40), "worse"),
+        (Paired(3, 1, 40), "inside the noise"),
+        (Paired(2, 2, 40), "inside the noise"),
+    ],
+)
+def test_comparison_is_judged_by_photograph(photographs, expected):
+    # However many pictures agree: copies of one photograph are no news.
+    comparison = metrics.Comparison(Paired(300, 0, 700), photographs)
+    assert comparison.verdict == expected
+    assert str(comparison).startswith(expected)
+
+
+def test_comparison_of_equals_is_the_same():
+    assert metrics.Comparison(Paired(2, 2, 9), Paired(0, 0, 4)).verdict == "the same"
+
+
+@st.composite
+def judged(draw) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of both classes, and float32 probabilities with ties and extremes."""
+    probability = st.one_of(
+        st.sampled_from([0.0, 1.0, 0.5, 1e-9, float(np.float32(1 - 1e-7))]),
+        st.floats(0, 1, width=32),
+    )
+    pairs = draw(st.lists(st.tuples(st.integers(0, 1), probability), max_size=60))
+    pairs += [(1, draw(probability)), (0, draw(probability))]
+    labels, probabilities = zip(*pairs, strict=True)
+    return np.array(labels, np.uint8), np.array(probabilities, np.float32)
+
+
+rates = st.floats(0, 0.99)
+
+
+@given(judged(), rates, rates)
+def test_threshold_lets_no_more_escape_than_asked_for_and_rises_with_it(case, one, other):
+    labels, probabilities = case
+    thresholds = [metrics.choose_threshold(labels, probabilities, rate) for rate in (one, other)]
+    for rate, threshold in zip((one, other), thresholds, strict=True):
+        point = OperatingPoint(threshold, threshold, threshold)
+        escapes = metrics.errors(labels, probabilities, point).escapes
+        assert escapes.count <= rate * escapes.of
+        # One picture and a batch are decided alike.
+        each = [metrics.is_defect(float(p), threshold) for p in probabilities]
+        assert each == metrics.is_defect(probabilities, threshold).tolist()
+    assert (one <= other) <= (thresholds[0] <= thresholds[1])
+
+
+@given(judged(), rates)
+def test_no_threshold_that_keeps_the_rate_rejects_fewer_good_parts(case, rate):
+    labels, probabilities = case
+
+    def at(threshold: float) -> Errors:
+        return metrics.errors(labels, probabilities, OperatingPoint(threshold, 0, 0))
+
+    chosen = at(metrics.choose_threshold(labels, probabilities, rate))
+    for other in map(at, [*probabilities.tolist(), 1.1]):
+        if other.escapes.count <= rate * other.escapes.of:
+            assert chosen.overkill.count <= other.overkill.count
+
+
+def test_threshold_lies_half_way_in_the_gap():
+    labels, odds = np.array([1, 1, 0, 0]), np.array([3.0, 1.0, -2.0, -4.0])
+    found = metrics.choose_threshold(labels, expit(odds).astype(np.float32), 0)
+    assert found == pytest.approx(expit(-0.5), rel=1e-6)
+    found = metrics.choose_threshold(labels, expit(odds).astype(np.float32), 0.5)
+    assert found == pytest.approx(expit(2), rel=1e-6)
+
+
+@given(judged(), rates, rates)
+def test_band_holds_the_threshold_and_no_more_pictures_than_asked_for(case, rate, share):
+    labels, probabilities = case
+    point = metrics.operating_point(labels, probabilities, rate, share)
+    assert point.review_low <= point.threshold <= point.review_high
+    inside = point.review(probabilities)
+    assert inside.sum() <= share * len(labels)
+    each = [point.review(float(p)) for p in probabilities]
+    assert each == inside.tolist()
+
+
+def test_band_takes_the_nearest_in_log_odds_as_many_as_asked_for():
+    odds = np.array([-6, -1.2, -0.4, 0.3, 1.1, 7], np.float32)
+    labels, probabilities = np.array([0, 0, 0, 1, 1, 1]), expit(odds)
+    point = metrics.operating_point(labels, probabilities, 0, 0.7)
+    assert point.review(probabilities).tolist() == [False, True, True, True, True, False]
+    assert metrics.operating_point(labels, probabilities, 0, 0).review(probabilities).sum() == 0

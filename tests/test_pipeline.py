@@ -16,6 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from conftest import ROOT, Project, draw_folders, draw_part, free_port, wait_for
+from defect_detection import tracking
+from defect_detection.classifier import Classifier
 
 SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 
@@ -111,6 +113,12 @@ def test_evaluation_registers_and_gives_the_alias(trained):
     assert right / 40 == pytest.approx(run.data.metrics["accuracy"])
     artifacts = [a.path for a in MlflowClient().list_artifacts(run.info.run_id)]
     assert "confusion_matrix.png" in artifacts
+    for kind in ("escapes", "overkill"):
+        low, share, high = (run.data.metrics[f"{kind}_{of}"] for of in ("low", "share", "high"))
+        assert low <= share <= high
+        assert f"{run.data.metrics[kind]:.0f} of 20 ({share:.1%}" in run.data.tags[kind]
+        assert version.tags[kind] == run.data.tags[kind]
+        assert f"  {kind:24}{run.data.tags[kind]}" in trained.printed[1]
     for name in ("roc_auc", "recall_def_front", "recall_ok_front"):
         assert 0.5 < run.data.metrics[name] <= 1
 
@@ -130,7 +138,7 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
     printed = trained.succeed("src/inference.py", *arguments, cwd=tmp_path).splitlines()
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "verdict", "probability"]
+    assert list(rows[0]) == ["path", "verdict", "probability", "review"]
     assert len(rows) == len(printed) == 20
     assert [row["path"] for row in rows[:1] + rows[10:11]] == [
         str(tmp_path / "bad" / "0.png"),
@@ -138,9 +146,15 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
     ]
     right = [row["verdict"] == ("defect" if "bad" in row["path"] else "ok") for row in rows]
     assert sum(right) >= 18
+    with tracking.fetched("models:/Production_Reg@prod") as files:
+        point = Classifier.load(files).point
+    assert 0 < point.threshold < 1
     for row, line in zip(rows, printed, strict=True):
-        assert (float(row["probability"]) >= 0.5) == (row["verdict"] == "defect")
+        probability = float(row["probability"])
+        assert (probability >= point.threshold) == (row["verdict"] == "defect")
+        assert (row["review"] == "yes") == point.review(probability)
         assert line.split()[:2] == [row["path"], row["verdict"]]
+        assert line.endswith("review") == (row["review"] == "yes")
     listed = json.loads((tmp_path / "a.json").read_text())
     assert [{k: str(v) for k, v in row.items()} for row in listed] == rows
 

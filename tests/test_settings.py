@@ -65,6 +65,8 @@ def test_missing_section_is_named_with_its_keys(broken):
         ("model_parameters", "validation_share", 1.0, "more than 0, less than 1"),
         ("mlflow", "evaluation_threshold", "60 %", 'threshold is "60 %", expected a number'),
         ("mlflow", "experiment_name", "", "experiment_name"),
+        ("decisions", "promotion", "best", "expected one of: highest_acc, significant"),
+        ("decisions", "max_escape_rate", 1.0, "expected a number, at least 0, less than 1"),
         ("paths", "data_path", 3, "data_path is 3, expected a text"),
     ],
 )

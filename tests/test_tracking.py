@@ -13,10 +13,12 @@ import yaml
 
 from defect_detection import PipelineError, dataset, model, tracking
 from defect_detection.classifier import Classifier
+from defect_detection.metrics import OperatingPoint
 from defect_detection.settings import HyperParameters
 from defect_detection.tracking import BestModel
 
 SIZE = (32, 32)
+POINT = OperatingPoint(0.3, 0.25, 0.45)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def cnn() -> keras.Model:
 @pytest.fixture
 def logged(store, cnn) -> str:
     with mlflow.start_run(experiment_id=tracking.open_experiment("train/test")):
-        return tracking.log_model(cnn, np.zeros((1, *SIZE, 1), np.uint8))
+        example = np.zeros((1, *SIZE, 1), np.uint8)
+        return tracking.log_model(cnn, model.to_litert(cnn), POINT, example)
 
 
 def test_one_logged_model_carries_both_flavours_that_agree(logged, cnn):
@@ -37,6 +40,7 @@ def test_one_logged_model_carries_both_flavours_that_agree(logged, cnn):
     with tracking.fetched(logged) as folder:
         served = Classifier.load(folder)
     assert served.image_size == SIZE
+    assert served.point == POINT
     np.testing.assert_allclose(served.probabilities(pictures), expected[:, 0], atol=1e-5)
     loaded = mlflow.tensorflow.load_model(logged)
     np.testing.assert_allclose(loaded.predict(pictures.astype("f"), verbose=0), expected, atol=1e-5)

@@ -215,7 +215,7 @@ def _broken_model() -> keras.Model:
 def test_litert_gives_what_keras_gives_for_any_batch(pictures):
     images, _ = pictures
     fitted = fit(pictures, epochs=2).model
-    served = Classifier(model.to_litert(fitted), SIZE, threshold=0.5)
+    served = Classifier(model.to_litert(fitted), SIZE)
     expected = fitted.predict(images.astype("f"), verbose=0)[:, 0]
     np.testing.assert_allclose(served.probabilities(images), expected, atol=1e-5)
     for count in (1, 7, 60):
@@ -245,7 +245,7 @@ def test_image_size_that_does_not_fit_the_layers_is_refused(size):
 def test_map_is_the_evidence_that_the_probability_is_made_of(pictures):
     images, _ = pictures
     fitted = fit(pictures, epochs=2).model
-    probabilities, maps = Classifier(model.to_litert(fitted), SIZE, 0.5).examine(images)
+    probabilities, maps = Classifier(model.to_litert(fitted), SIZE).examine(images)
     assert maps.shape == (60, 8, 8) and maps.min() >= 0
     kernel, bias = fitted.get_layer(model.PROBABILITY).get_weights()
     evidence = ((maps + 1e-3) ** model.POWER).mean((1, 2)) ** (1 / model.POWER)

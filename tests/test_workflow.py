@@ -134,6 +134,9 @@ def test_steps_of_the_workflow_pass_in_order_in_a_clean_clone(workflow, runner):
     assert summary.count("| **") == 1
     assert "Production_Reg version 1" in summary
     assert summary.count("```mermaid") == 1
+    for figure in ("escapes", "overkill"):
+        rate = r"\d+ of \d+ \(\d+\.\d%, 95% bounds \d+\.\d% to \d+\.\d%\)"
+        assert re.search(rf"^\| {figure} \| {rate} \| {rate} \|$", summary, re.M)
     # Nothing that must outlive the next checkout lies in the work tree.
     kept = runner.files["GITHUB_ENV"].parent / "defect-detection"
     assert {path.name for path in kept.iterdir()} >= {"mlflow.db", "mlruns", "jobs"}

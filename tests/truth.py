@@ -69,7 +69,7 @@ def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]
         image.save(encoded, "PNG")
         picture = images.decode(encoded.getvalue(), classifier.image_size)
         probabilities, maps = classifier.examine(picture[np.newaxis])
-        if metrics.is_defect(probabilities[0], classifier.threshold):
+        if metrics.is_defect(probabilities[0], metrics.THRESHOLD):
             found += 1
             row, column = np.unravel_index(maps[0].argmax(), maps[0].shape)
             side = mask.shape[0] // maps.shape[1]

@@ -1,7 +1,7 @@
 """The served model: pictures in, verdicts out, by the LiteRT runtime. Never imports TensorFlow."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import yaml
 from ai_edge_litert.interpreter import Interpreter
 
 from defect_detection import PipelineError, images, metrics, native_output
+from defect_detection.metrics import PLAIN, OperatingPoint
 
 # A flavour of the registered model, beside MLflow's own: its entry in the file MLmodel.
 FLAVOUR = "litert"
@@ -19,18 +20,29 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the model says of one picture; the probability is that of a defect, in [0, 1]."""
+    """What the model says of one picture.
+
+    Attributes:
+        verdict: "defect" or "ok".
+        probability: of a defect, in [0, 1].
+        review: whether it is too near to the threshold to go by: a person should look.
+    """
 
     verdict: str
     probability: float
+    review: bool
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"{self.verdict}  {self.probability:.4f}" + ("  review" if self.review else "")
 
 
 class Classifier:
-    """A LiteRT model with the image size and threshold that it was saved with."""
+    """A LiteRT model with the image size and operating point that it was saved with."""
 
-    def __init__(self, model: bytes, image_size: tuple[int, int], threshold: float):
+    def __init__(self, model: bytes, image_size: tuple[int, int], point: OperatingPoint = PLAIN):
         self.image_size = image_size
-        self.threshold = threshold
+        self.point = point
         with native_output.held_back():
             self._interpreter = Interpreter(model_content=model, num_threads=os.cpu_count())
             self._input = self._interpreter.get_input_details()[0]["index"]
@@ -54,7 +66,9 @@ class Classifier:
             raise PipelineError(
                 f"{folder} holds no model that this version can serve ({error}). Train a new one"
             ) from error
-        return cls(model, tuple(flavour["image_size"]), flavour["threshold"])
+        # Versions that were registered before thresholds were chosen have none.
+        point = flavour.get("operating_point", asdict(PLAIN))
+        return cls(model, tuple(flavour["image_size"]), OperatingPoint(**point))
 
     def probabilities(self, pictures: np.ndarray) -> np.ndarray:
         """Return the probability of a defect, float32 (n,), for uint8 (n, height, width, 1)."""
@@ -68,7 +82,7 @@ class Classifier:
 
         Returns:
             Probabilities, float32 (n,), and maps, float32 (n, height / 4, width / 4): the evidence
-            at each place, 0 or more; the probability grows with its mean.
+            at each place, 0 or more; the probability grows with its power mean.
         """
         parts = [self._invoke(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)]
         if not parts:
@@ -84,9 +98,14 @@ class Classifier:
             UnreadableImage: it cannot be decoded.
         """
         picture = images.decode(source, self.image_size)
-        probability = float(self.probabilities(picture[np.newaxis])[0])
-        found = metrics.is_defect(probability, self.threshold)
-        return Verdict("defect" if found else "ok", probability)
+        return self.verdict(float(self.probabilities(picture[np.newaxis])[0]))
+
+    def verdict(self, probability: float) -> Verdict:
+        """Decide on a probability of a defect."""
+        found = metrics.is_defect(probability, self.point.threshold)
+        return Verdict(
+            "defect" if found else "ok", probability, bool(self.point.review(probability))
+        )
 
     def _invoke(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pictures) != self._batch:

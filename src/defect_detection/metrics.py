@@ -1,6 +1,6 @@
 """What a model is measured by. Everywhere, 1 and "positive" mean a defect."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -9,6 +9,179 @@ EPS = 1e-7  # the least probability that a float32 sigmoid is trusted with
 # A few photographs that are all judged rightly would ask for endless certainty.
 TEMPERATURES = (0.25, 5.0)
 THRESHOLD = 0.5  # of the probability; the accuracy that decides on registration is taken at it
+SIGNIFICANT = 0.05  # p-value below which a difference is more than chance
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of the things that were counted have a property."""
+
+    count: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """The share, in [0, 1]; NaN of nothing."""
+        return self.count / self.of if self.of else float("nan")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """95 % bounds of the share."""
+        return bounds(self.count, self.of)
+
+    def __str__(self) -> str:
+        """Say it with its bounds."""
+        if not self.of:
+            return "0 of 0"
+        low, high = self.bounds
+        return f"{self.count} of {self.of} ({self.share:.1%}, 95% bounds {low:.1%} to {high:.1%})"
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What turns a probability into a decision.
+
+    Attributes:
+        threshold: probability of a defect from which on the verdict is defect.
+        review_low: probability from which on a part is sent to a person,
+        review_high: and from which on no longer; the band is empty where both are the same.
+    """
+
+    threshold: float
+    review_low: float
+    review_high: float
+
+    def review(self, probabilities: np.ndarray | float) -> np.ndarray | bool:
+        """Say which parts are sent to a person."""
+        return (probabilities >= self.review_low) & (probabilities < self.review_high)
+
+
+PLAIN = OperatingPoint(THRESHOLD, THRESHOLD, THRESHOLD)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What goes wrong at an operating point.
+
+    Attributes:
+        escapes: of the defects, those with the verdict ok.
+        overkill: of the good parts, those with the verdict defect.
+        reviewed: of all parts, those that are sent to a person.
+        escapes_past_review: of the defects, escapes that are not sent to a person.
+        overkill_past_review: of the good parts, overkill that is not sent to a person.
+    """
+
+    escapes: Rate
+    overkill: Rate
+    reviewed: Rate
+    escapes_past_review: Rate
+    overkill_past_review: Rate
+
+    def matrix(self) -> list[list[int]]:
+        """Return the confusion matrix: rows are the folders, columns the verdicts."""
+        return [
+            [self.escapes.of - self.escapes.count, self.escapes.count],
+            [self.overkill.count, self.overkill.of - self.overkill.count],
+        ]
+
+    def as_dict(self) -> dict[str, float]:
+        """Return counts, shares and bounds by name, as they are logged."""
+        figures = {}
+        for field in fields(self):
+            rate = getattr(self, field.name)
+            low, high = rate.bounds
+            figures |= {
+                field.name: rate.count,
+                f"{field.name}_share": rate.share,
+                f"{field.name}_low": low,
+                f"{field.name}_high": high,
+            }
+        return figures
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models' verdicts on the same things.
+
+    Attributes:
+        challenger_only: how often only the challenger is right.
+        champion_only: how often only the champion is right.
+        of: how many things were judged by both.
+    """
+
+    challenger_only: int
+    champion_only: int
+    of: int
+
+    @property
+    def difference(self) -> float:
+        """The challenger's accuracy less the champion's, in [-1, 1]."""
+        return (self.challenger_only - self.champion_only) / self.of
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """95 % bounds of the difference: exact, given how often just one of the two is right."""
+        apart = self.challenger_only + self.champion_only
+        if not apart:
+            return 0.0, 0.0
+        low, high = bounds(self.challenger_only, apart)
+        return apart * (2 * low - 1) / self.of, apart * (2 * high - 1) / self.of
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test, two-sided (McNemar 1947): that the two are equally good."""
+        from scipy.stats import binomtest
+
+        apart = self.challenger_only + self.champion_only
+        return float(binomtest(self.challenger_only, apart, 0.5).pvalue) if apart else 1.0
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        if not self.challenger_only + self.champion_only:
+            return f"no difference on any of {self.of}"
+        low, high = self.bounds
+        return (
+            f"difference {self.difference:+.2%}, 95% bounds {low:+.2%} to {high:+.2%}, right alone "
+            f"{self.challenger_only} to {self.champion_only}, McNemar's p {self.p_value:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A challenger and the champion on the same test pictures, at the threshold 0.5."""
+
+    pictures: Paired
+    photographs: Paired
+
+    @property
+    def verdict(self) -> str:
+        """Which is better: "better", "worse" (the challenger), "the same" or "inside the noise".
+
+        By photograph, since pictures of one are not independent.
+        """
+        if not self.pictures.difference and not self.photographs.difference:
+            return "the same"
+        if self.photographs.p_value >= SIGNIFICANT:
+            return "inside the noise"
+        return "better" if self.photographs.difference > 0 else "worse"
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"{self.verdict}; of pictures: {self.pictures}; of photographs: {self.photographs}"
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures by name, as they are logged."""
+        figures = {}
+        for of in ("pictures", "photographs"):
+            paired = getattr(self, of)
+            low, high = paired.bounds
+            figures |= {
+                f"{of}_difference": paired.difference,
+                f"{of}_difference_low": low,
+                f"{of}_difference_high": high,
+                f"{of}_p_value": paired.p_value,
+            }
+        return figures
 
 
 @dataclass(frozen=True)
@@ -60,6 +233,13 @@ class Scores:
         """Return the confusion matrix by name."""
         figures = ("roc_auc", "calibration_error")
         return {name: value for name, value in asdict(self).items() if name not in figures}
+
+    def matrix(self) -> list[list[int]]:
+        """Return the confusion matrix: rows are the folders, columns the verdicts."""
+        return [
+            [self.defects_found, self.defects_missed],
+            [self.ok_rejected, self.ok_passed],
+        ]
 
     def table(self) -> str:
         """Lay the confusion matrix out: rows are the folders, columns the verdicts."""
@@ -172,6 +352,95 @@ def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Sc
     )
 
 
+def errors(labels: np.ndarray, probabilities: np.ndarray, point: OperatingPoint) -> Errors:
+    """Count what goes wrong at an operating point; arrays (n,), 1 = defect."""
+    defect, found = labels == 1, is_defect(probabilities, point.threshold)
+    review = point.review(probabilities)
+
+    def rate(which: np.ndarray, of: np.ndarray) -> Rate:
+        return Rate(int((which & of).sum()), int(of.sum()))
+
+    return Errors(
+        escapes=rate(~found, defect),
+        overkill=rate(found, ~defect),
+        reviewed=rate(review, np.ones_like(defect)),
+        escapes_past_review=rate(~found & ~review, defect),
+        overkill_past_review=rate(found & ~review, ~defect),
+    )
+
+
+def operating_point(
+    labels: np.ndarray, probabilities: np.ndarray, max_escape_rate: float, review_share: float
+) -> OperatingPoint:
+    """Choose threshold and review band on validation pictures.
+
+    Args:
+        labels: (n,), 1 = defect; both classes must be there.
+        probabilities: (n,) of a defect.
+        max_escape_rate: as for `choose_threshold`.
+        review_share: of the pictures, those nearest to the threshold in log-odds lie in the band:
+            as many as do not exceed this share.
+    """
+    threshold = choose_threshold(labels, probabilities, max_escape_rate)
+    distances = np.abs(_log_odds(probabilities) - _log_odds(threshold))
+    first_outside = np.sort(distances)[int(review_share * len(distances))]
+    inside = probabilities[distances < first_outside]
+    if not len(inside):
+        return OperatingPoint(threshold, threshold, threshold)
+    low, high = float(inside.min()), float(np.nextafter(inside.max(), inside.dtype.type(2)))
+    return OperatingPoint(threshold, min(low, threshold), max(high, threshold))
+
+
+def choose_threshold(
+    labels: np.ndarray, probabilities: np.ndarray, max_escape_rate: float
+) -> float:
+    """Return the highest threshold that lets no more than a share of the defects through.
+
+    It lies in the gap below the lowest defect that must be found, half-way in log-odds to the
+    next picture, so that neither is nearer to it than need be.
+
+    Args:
+        labels: (n,), 1 = defect; there must be one.
+        probabilities: (n,) of a defect.
+        max_escape_rate: in [0, 1).
+    """
+    defects = np.sort(probabilities[labels == 1])
+    found = defects[int(max_escape_rate * len(defects))]
+    below = probabilities[probabilities < found]
+    if not len(below):
+        return float(found)
+    next_below = below.max()
+    half_way = 1 / (1 + np.exp(-(_log_odds(found) + _log_odds(next_below)) / 2))
+    # As a float32, like the probabilities: else one picture and a batch could differ by rounding.
+    half_way = np.float32(half_way)
+    return float(half_way if next_below < half_way <= found else found)
+
+
+def compare(
+    labels: np.ndarray, champion: np.ndarray, challenger: np.ndarray, photographs: np.ndarray
+) -> Comparison:
+    """Compare two models' probabilities of the same pictures; all arrays (n,), 1 = defect."""
+
+    def paired(labels: np.ndarray, champion: np.ndarray, challenger: np.ndarray) -> Paired:
+        old, new = (
+            is_defect(probabilities, THRESHOLD) == (labels == 1)
+            for probabilities in (champion, challenger)
+        )
+        return Paired(int((new & ~old).sum()), int((old & ~new).sum()), len(labels))
+
+    each_label, each_champion = by_photograph(labels, champion, photographs)
+    _, each_challenger = by_photograph(labels, challenger, photographs)
+    return Comparison(
+        paired(labels, champion, challenger), paired(each_label, each_champion, each_challenger)
+    )
+
+
+def _log_odds(probabilities: np.ndarray | float) -> np.ndarray | float:
+    """Return log-odds, of probabilities that no float32 sigmoid can tell from 0 or 1 the last."""
+    safe = np.clip(np.asarray(probabilities, float), EPS, 1 - EPS)
+    return np.log(safe) - np.log1p(-safe)
+
+
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
     """Return the expected calibration error, in [0, 1].
 
@@ -192,11 +461,10 @@ def temperature(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarr
         weights: (n,) how much each counts.
     """
     from scipy.optimize import minimize_scalar  # inference does not need it
-    from scipy.special import log_expit, logit
+    from scipy.special import log_expit
 
     # The sign of the log-odds of what is true: negative where the verdict is wrong.
-    safe = np.clip(probabilities.astype(float), EPS, 1 - EPS)
-    margins = np.where(labels == 1, 1, -1) * logit(safe)
+    margins = np.where(labels == 1, 1, -1) * _log_odds(probabilities)
     low, high = (np.log(limit) for limit in TEMPERATURES)
     found = minimize_scalar(
         lambda x: -np.sum(weights * log_expit(margins / np.exp(x))),

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from defect_detection import images
 from defect_detection.audit import Audit
 from defect_detection.dataset import CLASSES
-from defect_detection.metrics import Scores
 
 PAIRS_SHOWN = 12
 TRAINING, VALIDATION, BEST = "#5b6f8a", "#d1622b", "#8a8a8a"
+RIGHT, WRONG = "#4a8fd0", "#d1622b"
 
 
 def contact_sheet(data: Path, audit: Audit) -> Figure:
@@ -56,30 +57,23 @@ def learning_curves(title: str, history: dict[str, list[float]], best_epoch: int
     return figure
 
 
-def confusion_matrix(title: str, scores: Scores) -> Figure:
+def confusion_matrix(title: str, counts: list[list[int]]) -> Figure:
     """Draw the counts of an evaluation: rows are the folders, columns the verdicts."""
-    counts = [
-        [scores.defects_found, scores.defects_missed],
-        [scores.ok_rejected, scores.ok_passed],
-    ]
-    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    figure = Figure(figsize=(3.9, 3.5), layout="constrained")
     axes = figure.subplots()
-    shares = [[n / max(1, sum(row)) for n in row] for row in counts]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(2):
-        for column in range(2):
-            share = shares[row][column]
-            axes.text(
-                column,
-                row,
-                f"{counts[row][column]}\n{share:.1%}",
-                ha="center",
-                va="center",
-                color="white" if share > 0.5 else "black",
-            )
+    for row, of_folder in enumerate(counts):
+        for column, count in enumerate(of_folder):
+            share = count / max(1, sum(of_folder))
+            tone = RIGHT if row == column else WRONG
+            square = (column - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(square, 1, 1, facecolor=tone, alpha=0.08 + 0.62 * share))
+            axes.text(column, row, f"{count}\n{share:.1%}", ha="center", va="center", fontsize=12)
+    axes.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5))
     axes.set_xticks([0, 1], ["defect", "ok"])
     axes.set_yticks([0, 1], CLASSES, rotation=90, va="center")
     axes.set_xlabel("verdict")
     axes.set_ylabel("folder")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return figure

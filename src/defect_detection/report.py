@@ -1,9 +1,12 @@
-"""The summary of a pipeline in Markdown."""
+"""What an evaluation found, and the summary of a pipeline in Markdown."""
 
 import json
+from dataclasses import dataclass
 
+import numpy as np
 from mlflow.entities import Run
 
+from defect_detection.metrics import THRESHOLD, Errors, Scores, Unseen
 from defect_detection.registry import Version
 
 # Squares of a text and lines of a chart in the same colours.
@@ -15,6 +18,55 @@ SQUARES = {
     "🟥": "#c9403c",
     "🟫": "#8a5a3c",
 }
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model is worth on the test pictures.
+
+    Attributes:
+        scores: at the threshold 0.5.
+        errors: at the model's operating point, by picture.
+        photograph_errors: the same by photograph, judged by the mean of its pictures.
+        unseen: on the pictures whose photograph is not in training, at 0.5.
+        leaked_share: of the pictures whose photograph is, in [0, 1].
+        test_digest: of the test pictures.
+        labels: (n,), 1 = defect.
+        probabilities: (n,) of a defect.
+        maps: (n, height / 4, width / 4), the evidence of a defect.
+    """
+
+    scores: Scores
+    errors: Errors
+    photograph_errors: Errors
+    unseen: Unseen
+    leaked_share: float
+    test_digest: str
+    labels: np.ndarray
+    probabilities: np.ndarray
+    maps: np.ndarray
+
+    def tags(self) -> dict[str, str]:
+        """Return what a registered version carries beside `acc`."""
+        return {
+            "acc_unseen": repr(self.unseen.accuracy) if self.unseen.pictures else "unknown",
+            "leaked_share": repr(self.leaked_share),
+            "test_digest": self.test_digest,
+            "escapes": str(self.errors.escapes),
+            "overkill": str(self.errors.overkill),
+        }
+
+    def sentences(self) -> dict[str, str]:
+        """Return the head figures in words, by name."""
+        return {
+            "escapes": str(self.errors.escapes),
+            "overkill": str(self.errors.overkill),
+            "escapes_by_photograph": str(self.photograph_errors.escapes),
+            "overkill_by_photograph": str(self.photograph_errors.overkill),
+            "sent_to_a_person": str(self.errors.reviewed),
+            "escapes_past_review": str(self.errors.escapes_past_review),
+            "overkill_past_review": str(self.errors.overkill_past_review),
+        }
 
 
 def markdown(
@@ -41,7 +93,7 @@ def markdown(
             f"| {shown} | {values['best_epoch']:.0f} | {values['best_val_accuracy']:.4f} | "
             f"{values['fit_seconds']:.0f} |"
         )
-    test = evaluation.data.metrics
+    test, said = evaluation.data.metrics, evaluation.data.tags
     epochs = list(range(1, max(len(values) for values in curves.values()) + 1))
     lowest = min(min(values) for values in curves.values())
     # GitHub draws no legend, and its first colour can hardly be seen.
@@ -75,10 +127,16 @@ def markdown(
             f"| def_front | {test['defects_found']:.0f} | {test['defects_missed']:.0f} |",
             f"| ok_front | {test['ok_rejected']:.0f} | {test['ok_passed']:.0f} |",
             "",
-            f"Accuracy {test['accuracy']:.4f}, ROC AUC {test['roc_auc']:.4f}. Registered as "
-            f"{_words(evaluation.data.tags['registered_version'])}.",
+            f"Accuracy {test['accuracy']:.4f} at {THRESHOLD}, ROC AUC {test['roc_auc']:.4f}. "
+            f"Registered as {_words(said['registered_version'])}.",
             "",
-            f"{evaluation.data.tags['leakage']} Else: {evaluation.data.tags['unseen']}.",
+            "| at the model's threshold, 95% bounds | pictures | photographs |",
+            "| --- | --- | --- |",
+            f"| escapes | {said['escapes']} | {said['escapes_by_photograph']} |",
+            f"| overkill | {said['overkill']} | {said['overkill_by_photograph']} |",
+            f"| sent to a person | {said['sent_to_a_person']} | |",
+            "",
+            f"{said['leakage']} Else: {said['unseen']}.",
             "",
             "## Production",
             "",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from dotenv import dotenv_values
@@ -33,6 +33,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=16, le=2048)]
 ImageSize = tuple[Side, Side]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+WeightDecay = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -52,7 +53,7 @@ class HyperParameters:
     filters: Annotated[list[Count], Field(min_length=1)]
     dropout: Share
     learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: WeightDecay
     batch_size: BatchSize
 
     def layers(self) -> dict[str, object]:
@@ -75,7 +76,7 @@ class Schedule:
     """
 
     learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: WeightDecay
     batch_size: BatchSize
     epochs: Epochs
     epoch_pictures: Count
@@ -131,6 +132,23 @@ class MLflowNames:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Decisions:
+    """What a plant asks of a verdict and of a new version.
+
+    Attributes:
+        max_escape_rate: share of the validation defects that the threshold may let through.
+        review_share: share of the validation pictures, the nearest to the threshold, that would
+            be sent to a person.
+        promotion: the alias prod goes to the highest accuracy, or only to a version that is
+            significantly better than the one it would replace.
+    """
+
+    max_escape_rate: Share
+    review_share: Share
+    promotion: Literal["highest_acc", "significant"]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class InferenceExamples:
     """Pictures to run when none are given; relative to the data folder."""
 
@@ -145,6 +163,7 @@ class Config:
     paths: Paths
     model_parameters: ModelParameters
     mlflow: MLflowNames
+    decisions: Decisions
     inference_examples: InferenceExamples
 
 
@@ -261,6 +280,8 @@ def _describe(kind: Any) -> str:
         return f"a list of {schema['minItems']}, each {each}"
     if schema["type"] == "array":
         return "a list that is not empty"
+    if "enum" in schema:
+        return "one of: " + ", ".join(schema["enum"])
     text = names[schema["type"]]
     if schema["type"] == "string":
         return f"{text} that is not empty"

@@ -11,9 +11,10 @@ import numpy as np
 from defect_detection import dataset, metrics, plots, registry, tracking
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
-from defect_detection.metrics import Scores, Unseen
+from defect_detection.metrics import THRESHOLD, Scores
 from defect_detection.registry import Version
-from defect_detection.settings import MLflowNames, Schedule
+from defect_detection.report import Evaluated
+from defect_detection.settings import Decisions, MLflowNames, Schedule
 
 if TYPE_CHECKING:
     import keras
@@ -28,24 +29,6 @@ CROSS_VALIDATED = {
 }
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices of the training and of the validation pictures
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What a model is worth on the test pictures, and on those whose photograph it never saw."""
-
-    scores: Scores
-    unseen: Unseen
-    leaked_share: float
-    test_digest: str
-
-    def tags(self) -> dict[str, str]:
-        """Return what a registered version carries beside `acc`."""
-        return {
-            "acc_unseen": repr(self.unseen.accuracy) if self.unseen.pictures else "unknown",
-            "leaked_share": repr(self.leaked_share),
-            "test_digest": self.test_digest,
-        }
 
 
 @dataclass(frozen=True)
@@ -67,6 +50,7 @@ def fit(
     split: Split,
     rows: Rows,
     schedule: Schedule,
+    decisions: Decisions,
     device: str,
     verbose: int,
     on_epoch: Callable[[int], None] = lambda epoch: None,
@@ -79,6 +63,7 @@ def fit(
         split: its training pictures are taken.
         rows: which of them to learn from and which to validate on.
         schedule: learning rate, batch size, epochs, patience, seed.
+        decisions: what the threshold and the review band are chosen for.
         device: "auto", "cpu" or "gpu"; which it was is logged as a tag.
         verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
         on_epoch: is called with the number of each epoch that has ended, from 1.
@@ -88,6 +73,7 @@ def fit(
     """
     # TensorFlow takes 4 s to import: not before the options, the data and the store are good.
     from defect_detection import devices, training
+    from defect_detection.model import to_litert
 
     data = split.training
 
@@ -121,6 +107,15 @@ def fit(
         }
         | {f"best_{key}": value for key, value in result.best.items()}
     )
+    litert = to_litert(result.model)
+    held_back = Classifier(litert, data.images.shape[1:3]).probabilities(data.images[rows[1]])
+    point = metrics.operating_point(
+        data.labels[rows[1]], held_back, decisions.max_escape_rate, decisions.review_share
+    )
+    mlflow.log_params(
+        {"max_escape_rate": decisions.max_escape_rate, "review_share": decisions.review_share}
+    )
+    mlflow.log_metrics(asdict(point))
     curves = plots.learning_curves(name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
     return Fitted(
@@ -130,7 +125,7 @@ def fit(
         val_loss=result.best["val_loss"],
         seconds=result.seconds,
         run_id=mlflow.active_run().info.run_id,
-        model_uri=tracking.log_model(result.model, data.images[:1]),
+        model_uri=tracking.log_model(result.model, litert, point, data.images[:1]),
     )
 
 
@@ -183,16 +178,14 @@ def cross_validate(
                 schedule,
                 verbose=0,
             )
-            classifier = Classifier(
-                model.to_litert(fitted.model), data.images.shape[1:3], metrics.THRESHOLD
-            )
+            classifier = Classifier(model.to_litert(fitted.model), data.images.shape[1:3])
             labels, probabilities = data.labels[fold], classifier.probabilities(data.images[fold])
             by_photograph = metrics.by_photograph(labels, probabilities, photographs[fold])
             for of, scores, judged in (
                 ("pictures", found.pictures, (labels, probabilities)),
                 ("photographs", found.photographs, by_photograph),
             ):
-                scores.append(metrics.score(*judged, metrics.THRESHOLD))
+                scores.append(metrics.score(*judged, THRESHOLD))
                 figures = scores[-1].as_dict()
                 mlflow.log_metrics({f"{of}_{key}": v for key, v in figures.items()}, step=number)
             print(
@@ -226,15 +219,8 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
 
     `prefix` stands before the figures' names, for a run that has training figures too.
     """
-    data, leaked = split.testing, split.leaked
-    probabilities = classifier.probabilities(data.images)
-    scores = metrics.score(data.labels, probabilities, classifier.threshold)
-    unseen = metrics.unseen(
-        data.labels[~leaked],
-        probabilities[~leaked],
-        split.testing_photographs[~leaked],
-        classifier.threshold,
-    )
+    evaluated = judge(classifier, split.testing.images, split)
+    scores, unseen = evaluated.scores, evaluated.unseen
     figures = scores.as_dict() | {
         "unseen_pictures": unseen.pictures,
         "unseen_photographs": unseen.photographs,
@@ -243,16 +229,18 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
     if unseen.pictures:
         low, high = unseen.bounds
         figures |= {"acc_unseen": unseen.accuracy, "acc_unseen_low": low, "acc_unseen_high": high}
-    if leaked.any():
-        right = metrics.is_defect(probabilities, classifier.threshold) == (data.labels == 1)
-        figures["acc_leaked"] = float(right[leaked].mean())
-    tracking.log_dataset(data, folder, "testing")
+    if split.leaked.any():
+        right = metrics.is_defect(evaluated.probabilities, THRESHOLD) == (evaluated.labels == 1)
+        figures["acc_leaked"] = float(right[split.leaked].mean())
+    for of, errors in (("", evaluated.errors), ("photographs_", evaluated.photograph_errors)):
+        figures |= {of + name: value for name, value in errors.as_dict().items()}
+    tracking.log_dataset(split.testing, folder, "testing")
     mlflow.log_metrics({prefix + name: value for name, value in figures.items()})
     log_leakage(split)
-    mlflow.set_tag("unseen", str(unseen))
+    mlflow.set_tags({"unseen": str(unseen)} | evaluated.sentences())
     mlflow.log_dict(scores.counts(), "confusion_matrix.json")
-    title = f"Test accuracy {scores.accuracy:.2%}"
-    mlflow.log_figure(plots.confusion_matrix(title, scores), "confusion_matrix.png")
+    title = f"Test accuracy {scores.accuracy:.2%}, threshold {THRESHOLD}"
+    mlflow.log_figure(plots.confusion_matrix(title, scores.matrix()), "confusion_matrix.png")
 
     print(f"{folder / 'test'}: accuracy {scores.accuracy:.4f}, ROC AUC {scores.roc_auc:.4f}")
     print(scores.table())
@@ -260,7 +248,31 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
     if "acc_leaked" in figures:
         print(f"  accuracy on those {figures['acc_leaked']:.4f}")
     print(f"  {unseen}")
-    return Evaluated(scores, unseen, split.leaked_share, data.digest)
+    print(f"With the threshold {classifier.point.threshold:.4f}, chosen on validation pictures:")
+    for name, sentence in evaluated.sentences().items():
+        print(f"  {name.replace('_', ' '):24}{sentence}")
+    return evaluated
+
+
+def judge(classifier: Classifier, pictures: np.ndarray, split: Split) -> Evaluated:
+    """Score a model on the test pictures of `split`, given at the size that the model takes."""
+    labels, photographs = split.testing.labels, split.testing_photographs
+    probabilities, maps = classifier.examine(pictures)
+    unseen = ~split.leaked
+    by_photograph = metrics.by_photograph(labels, probabilities, photographs)
+    return Evaluated(
+        scores=metrics.score(labels, probabilities, THRESHOLD),
+        errors=metrics.errors(labels, probabilities, classifier.point),
+        photograph_errors=metrics.errors(*by_photograph, classifier.point),
+        unseen=metrics.unseen(
+            labels[unseen], probabilities[unseen], photographs[unseen], THRESHOLD
+        ),
+        leaked_share=split.leaked_share,
+        test_digest=split.testing.digest,
+        labels=labels,
+        probabilities=probabilities,
+        maps=maps,
+    )
 
 
 def register(

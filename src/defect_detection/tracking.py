@@ -32,10 +32,11 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-from defect_detection import PipelineError, metrics  # noqa: E402
+from defect_detection import PipelineError  # noqa: E402
 from defect_detection.classifier import FLAVOUR, MODEL_FILE  # noqa: E402
 from defect_detection.dataset import CLASSES, POSITIVE, Dataset  # noqa: E402
 from defect_detection.files import replacing, require_writable  # noqa: E402
+from defect_detection.metrics import OperatingPoint  # noqa: E402
 
 if TYPE_CHECKING:
     import keras
@@ -199,11 +200,15 @@ def log_dataset(data: Dataset, folder: Path, context: str) -> None:
     )
 
 
-def log_model(model: "keras.Model", example: np.ndarray) -> str:
+def log_model(
+    model: "keras.Model", litert: bytes, point: OperatingPoint, example: np.ndarray
+) -> str:
     """Log a Keras model with its LiteRT form as a second flavour of the same MLflow model.
 
     Args:
         model: takes float32 (n, height, width, 1) in [0, 255], gives (n, 1).
+        litert: the same model as `model.to_litert` gives it.
+        point: how its probabilities are decided on.
         example: uint8 (n, height, width, 1), kept as the input example.
 
     Returns:
@@ -224,6 +229,8 @@ def log_model(model: "keras.Model", example: np.ndarray) -> str:
             SimpleNamespace(__name__=__name__, save_model=_save_model),
             name="model",
             model=model,
+            litert=litert,
+            point=point,
             signature=signature,
             input_example=example.astype(np.float32),
             pip_requirements=[f"{package}=={version(package)}" for package in needed],
@@ -231,20 +238,25 @@ def log_model(model: "keras.Model", example: np.ndarray) -> str:
     return logged.model_uri
 
 
-def _save_model(path: str, mlflow_model: Any, model: "keras.Model", **options: Any) -> None:
+def _save_model(
+    path: str,
+    mlflow_model: Any,
+    model: "keras.Model",
+    litert: bytes,
+    point: OperatingPoint,
+    **options: Any,
+) -> None:
     import mlflow.tensorflow
 
-    from defect_detection.model import to_litert
-
     mlflow.tensorflow.save_model(model, path, mlflow_model=mlflow_model, **options)
-    (Path(path) / MODEL_FILE).write_bytes(to_litert(model))
+    (Path(path) / MODEL_FILE).write_bytes(litert)
     mlflow_model.add_flavor(
         FLAVOUR,
         data=MODEL_FILE,
         image_size=list(model.input_shape[1:3]),
         class_names=list(CLASSES),
         positive_class=POSITIVE,
-        threshold=metrics.THRESHOLD,
+        operating_point=asdict(point),
     )
     mlflow_model.save(str(Path(path) / "MLmodel"))
 

@@ -238,7 +238,7 @@ def our_folds(parameters: ModelParameters, castings: Castings, seeds: int) -> li
         for seed in range(seeds):
             fitted = fit_ours(parameters, castings, others, seed)
             litert = model.to_litert(fitted.model)
-            judge = Classifier(litert, parameters.image_size, metrics.THRESHOLD).probabilities
+            judge = Classifier(litert, parameters.image_size).probabilities
             chosen = {"best_epoch": fitted.best_epoch, "temperature": fitted.temperature}
             found.append(judged("ours", number, seed, castings, fold, judge) | chosen)
     return found
@@ -324,7 +324,7 @@ def drawn(parameters: ModelParameters, folder: Path) -> dict:
         parameters.schedule(hyper),
         verbose=0,
     )
-    classifier = Classifier(model.to_litert(fitted.model), parameters.image_size, metrics.THRESHOLD)
+    classifier = Classifier(model.to_litert(fitted.model), parameters.image_size)
     probabilities = classifier.probabilities(split.testing.images)
     scores = metrics.score(split.testing.labels, probabilities, metrics.THRESHOLD)
     inside, found = truth.pointed_at(classifier, seed=99, count=200)

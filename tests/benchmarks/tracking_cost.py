@@ -28,7 +28,8 @@ def main() -> None:
     """Fit the sets of src/config.yaml twice and print both times."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
+    config = settings.read_yaml(settings.CONFIG_FILE, settings.Config)
+    parameters = config.model_parameters
     parameters = replace(parameters, patience=parameters.epochs)  # all epochs, with and without
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
@@ -52,7 +53,7 @@ def main() -> None:
                     parameters.schedule(hyper),
                 )
                 fitted += time.perf_counter() - started
-                one = replace(parameters, sets=[hyper])
+                one = replace(config, model_parameters=replace(parameters, sets=[hyper]))
                 started = time.perf_counter()
                 train.fit_sets(one, split, pictures, experiment, "cpu")
                 tracked += time.perf_counter() - started
