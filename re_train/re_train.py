@@ -22,6 +22,7 @@ from defect_detection import (  # noqa: E402
     audit,
     dataset,
     jobs,
+    promotion,
     registry,
     script,
     settings,
@@ -90,11 +91,17 @@ def main() -> None:
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
             )
             classifier = registry.load_classifier(fitted.model_uri)
-            evaluated = steps.evaluate(classifier, split, folder, prefix="test_")
-            version, done = steps.register(
-                fitted.model_uri, fitted.run_id, evaluated, fitted.val_accuracy, own.mlflow
+            version = steps.evaluate_and_register(
+                classifier,
+                fitted,
+                split,
+                folder,
+                cache,
+                own.mlflow,
+                config.decisions,
+                promotion.whoever(env),
+                prefix="test_",
             )
-            print(done)
     for picture in pictures:
         print(f"{picture}  {classifier.classify(picture)}")
     reporter.result(version.name, version.number, version.acc)

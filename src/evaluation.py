@@ -1,12 +1,13 @@
 """Evaluate the model of best_model.json on data/test and register it.
 
 A test accuracy at or above the threshold of src/config.yaml registers it as Production_Reg, whose
-version with the highest accuracy gets the alias prod; one below, as Testing_Reg.
+version with the highest accuracy gets the alias prod; one below, as Testing_Reg. The version that
+is behind prod is judged on the same pictures.
 """
 
 import mlflow
 
-from defect_detection import audit, registry, script, settings, steps, tracking
+from defect_detection import audit, promotion, registry, script, settings, steps, tracking
 from defect_detection.settings import Config
 from defect_detection.tracking import BestModel
 
@@ -29,11 +30,16 @@ def main() -> None:
         experiment = tracking.open_experiment(f"eval/{config.mlflow.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
         with mlflow.start_run(experiment_id=experiment, run_name="evaluation", tags=tags):
-            evaluated = steps.evaluate(classifier, split, folder)
-            _, done = steps.register(
-                best.model_uri, best.run_id, evaluated, best.val_accuracy, config.mlflow
+            steps.evaluate_and_register(
+                classifier,
+                best,
+                split,
+                folder,
+                cache,
+                config.mlflow,
+                config.decisions,
+                promotion.whoever(env),
             )
-            print(done)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,33 @@ def _parse(body: bytes) -> object:
         return body.decode()
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A tracking server on a free port of this machine."""
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    try:
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            except OSError:
+                return False
+            return True
+
+        wait_for(answers)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 SMALL = {
     "image_size": [64, 64],
     "epochs": 8,

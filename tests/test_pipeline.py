@@ -2,12 +2,11 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import mlflow
@@ -15,35 +14,11 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from conftest import ROOT, Project, draw_folders, draw_part, free_port, wait_for
-from defect_detection import tracking
+from conftest import ROOT, Project, draw_folders, draw_part, wait_for
+from defect_detection import registry, tracking
 from defect_detection.classifier import Classifier
 
 SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A tracking server on a free port of this machine."""
-    folder = tmp_path_factory.mktemp("server")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 @pytest.fixture(scope="module", params=["sqlite:///mlflow.db", "file:./mlruns", "server"])
@@ -191,6 +166,44 @@ def test_worse_model_goes_to_testing_and_the_alias_stays(trained, learnable, tmp
     client = MlflowClient()
     assert str(client.get_model_version_by_alias("Testing_Reg", "re-train").version) == "1"
     assert str(client.get_model_version_by_alias("Production_Reg", "prod").version) == "1"
+
+
+def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
+    trained, learnable, tmp_path
+):
+    if not trained.uri.startswith("sqlite"):
+        pytest.skip("test_promotion.py covers the stores")
+    other = draw_folders(tmp_path / "other", train=1, test=12, seed=5)
+    shutil.rmtree(other / "train")
+    shutil.copytree(learnable / "train", other / "train")
+    decide = {"promotion": "significant"}
+    trained.configure(lambda config: config["decisions"].update(decide))
+    printed = trained.succeed("src/evaluation.py", "--data", other)
+    assert "models:/Production_Reg/1 scored again on these pictures: accuracy" in printed
+    assert "Compared with Production_Reg version 1, behind prod: the same" in printed
+    assert "prod is version 1 with a test accuracy" in printed
+    assert "only a version that is better beyond chance replaces it" in printed
+    first, second = registry.versions("Production_Reg")
+    assert first.acc == second.acc and first.test_digest == second.test_digest
+    assert first.tags["acc_unseen"] == "unknown" != second.tags["acc_unseen"]
+
+    decide["promotion"] = "highest_acc"
+    trained.configure(lambda config: config["decisions"].update(decide))
+    assert "prod is version 3" in trained.succeed("src/evaluation.py", "--data", other)
+    picture = next((learnable / "test" / "ok_front").iterdir())
+    assert "version 3, test accuracy" in trained.run("src/inference.py", picture).stderr
+
+    said = trained.succeed("src/promote.py", "--rollback", "--why", "misses cracks")
+    assert said.startswith("prod of Production_Reg is version 1, was 3\nset aside")
+    assert "version 1, test accuracy" in trained.run("src/inference.py", picture).stderr
+    listed = trained.succeed("src/promote.py", "--list").splitlines()
+    assert [line.split()[0] for line in listed if line.endswith("prod")] == ["*"]
+    assert "set aside, not better beyond chance" in listed[3]
+    assert re.search(r"  3 -> 1  misses cracks  by .+ on \S+  commit [0-9a-f]{12}$", listed[7])
+    assert "none -> 1  highest acc" in listed[9]
+    assert "prod is version 1 of Production_Reg already" in trained.fail(
+        "src/promote.py", "--version", 1
+    )
 
 
 def test_same_seed_gives_the_same_validation_accuracy(trained, learnable):

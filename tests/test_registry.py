@@ -1,6 +1,5 @@
 """The gate, registration and the aliases."""
 
-import threading
 from dataclasses import replace
 
 import mlflow
@@ -60,35 +59,6 @@ def test_version_carries_accuracy_and_description(register):
     assert {key: found.tags[key] for key in TAGS} == TAGS
 
 
-def test_alias_goes_to_the_highest_accuracy_and_stays_there(register, names):
-    for acc, expected in ((0.7, 1), (0.9, 2), (0.8, 2), (0.95, 4)):
-        register(acc)
-        assert registry.promote(names).number == expected
-        assert alias(names.production_model_name, "prod") == expected
-    assert registry.production_version(names).acc == 0.95
-
-
-def test_tie_goes_to_the_newer_version(register, names):
-    for expected in (1, 2):
-        register(0.75)
-        assert registry.promote(names).number == expected
-
-
-def test_accuracies_are_compared_as_numbers_not_as_texts(register, names):
-    register(0.7)
-    register(1.0)
-    MlflowClient().set_model_version_tag(names.production_model_name, "1", "acc", "7e-1")
-    assert registry.promote(names).number == 2
-
-
-def test_version_without_accuracy_never_gets_the_alias(register, names, caplog):
-    register(0.7)
-    register(0.9)
-    MlflowClient().delete_model_version_tag(names.production_model_name, "2", "acc")
-    assert registry.promote(names).number == 1
-    assert "version 2 has no accuracy" in caplog.text
-
-
 def test_testing_alias_follows_the_newest_version(register, names):
     for acc, expected in ((0.5, 1), (0.3, 2)):
         register(acc)
@@ -96,36 +66,38 @@ def test_testing_alias_follows_the_newest_version(register, names):
         assert alias(names.testing_model_name, "re-train") == expected
 
 
-def test_better_version_registered_between_look_and_move_gets_the_alias(
-    register, names, monkeypatch
-):
+def test_versions_without_accuracy_are_named_and_left_out(register, names, caplog):
     register(0.7)
-    real, once = MlflowClient.set_registered_model_alias, []
-
-    def registering_first(client, *arguments):
-        if not once:
-            once.append(register(0.9))
-        return real(client, *arguments)
-
-    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", registering_first)
-    assert registry.promote(names).number == 2
-    assert alias(names.production_model_name, "prod") == 2
+    register(0.9)
+    MlflowClient().delete_model_version_tag(names.production_model_name, "2", "acc")
+    assert [v.number for v in registry.versions(names.production_model_name)] == [1]
+    assert "version 2 has no accuracy" in caplog.text
 
 
-def test_simultaneous_promotions_leave_the_alias_on_the_best(register, names):
-    accuracies = [0.6, 0.95, 0.7, 0.8]
+def test_version_gets_the_figures_of_other_pictures(register):
+    version = register(0.7)
+    tags = {"acc_unseen": "unknown", "test_digest": "def", "escapes": "none"}
+    registry.update(version, 0.8, tags, "scored again")
+    (found,) = registry.versions(version.name)
+    assert (found.acc, found.test_digest, found.tags["escapes"]) == (0.8, "def", "none")
+    described = MlflowClient().get_model_version(version.name, "1").description
+    assert described == "scored again"
 
-    def evaluate(acc: float) -> None:
-        register(acc)
-        registry.promote(names)
 
-    threads = [threading.Thread(target=evaluate, args=(acc,)) for acc in accuracies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(registry.versions(names.production_model_name)) == 4
-    assert registry.production_version(names).acc == 0.95
+def test_update_that_is_cut_off_leaves_figures_of_no_pictures(register, monkeypatch):
+    version = register(0.7)
+    real = registry.set_tags
+
+    def cut_off(version, tags):
+        if "acc" in tags:
+            raise KeyboardInterrupt
+        real(version, tags)
+
+    monkeypatch.setattr(registry, "set_tags", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        registry.update(version, 0.8, {"test_digest": "def"}, "scored again")
+    (found,) = registry.versions(version.name)
+    assert found.test_digest == ""
 
 
 def test_missing_alias_is_said_with_the_way_to_get_it(names, register):

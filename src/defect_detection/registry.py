@@ -3,9 +3,9 @@
 import logging
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -20,20 +20,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRODUCTION_ALIAS = "prod"
+QUALIFIED, SET_ASIDE = "qualified", "set_aside"  # tags of a version
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model; `acc` is its test accuracy, in [0, 1]."""
+    """A version of a registered model.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version, from 1.
+        acc: its test accuracy, in [0, 1].
+        tags: what else is known of it, as MLflow keeps it.
+    """
 
     name: str
     number: int
     acc: float
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def uri(self) -> str:
         """The URI that MLflow loads it by."""
         return f"models:/{self.name}/{self.number}"
+
+    @property
+    def test_digest(self) -> str | None:
+        """Digest of the test pictures that `acc` was measured on."""
+        return self.tags.get("test_digest")
+
+    @property
+    def qualified(self) -> bool:
+        """Whether the configured rule lets it have the alias of production."""
+        return self.tags.get(QUALIFIED) != "false"
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether a person moved the alias away from it, or past it."""
+        return self.tags.get(SET_ASIDE) == "true"
 
 
 def gate(acc: float, names: MLflowNames) -> str:
@@ -64,7 +88,7 @@ def register(
         description=description,
         model_id=model_uri.removeprefix("models:/"),
     )
-    return Version(name, int(made.version), acc)
+    return Version(name, int(made.version), acc, made.tags)
 
 
 def versions(name: str) -> list[Version]:
@@ -72,49 +96,67 @@ def versions(name: str) -> list[Version]:
     found = []
     for version in MlflowClient().search_model_versions(f"name = '{name}'"):
         try:
-            found.append(Version(name, int(version.version), float(version.tags["acc"])))
+            acc = float(version.tags["acc"])
         except (KeyError, ValueError):
             log.warning("%s version %s has no accuracy in its tag 'acc'", name, version.version)
+            continue
+        found.append(Version(name, int(version.version), acc, version.tags))
     return sorted(found, key=lambda version: version.number)
 
 
-def promote(names: MLflowNames) -> Version:
-    """Point the production alias at the highest `acc`, at a tie at the newer version."""
-    name = names.production_model_name
-    return _point(name, PRODUCTION_ALIAS, lambda version: (version.acc, version.number))
+def set_tags(version: Version, tags: Mapping[str, str | None]) -> None:
+    """Change tags of a version; None takes one away."""
+    client, number = MlflowClient(), str(version.number)
+    for tag, value in tags.items():
+        if value is not None:
+            _insist(client.set_model_version_tag, version.name, number, tag, value)
+        elif tag in version.tags:
+            _insist(client.delete_model_version_tag, version.name, number, tag)
 
 
-def queue_for_retraining(names: MLflowNames) -> Version:
-    """Point the testing alias at the newest version, which retraining starts from."""
-    name, alias = names.testing_model_name, names.testing_model_alias
-    return _point(name, alias, lambda version: version.number)
+def update(version: Version, acc: float, tags: Mapping[str, str], description: str) -> None:
+    """Give a version figures that were measured on other test pictures.
 
-
-def _point(name: str, alias: str, key: Callable[[Version], Any]) -> Version:
-    """Move an alias to the version with the highest key, in one step, and look again.
-
-    Another process may register a better version between the look and the move. Each looks again
-    after its own move, so whoever moves last has seen them all.
+    Whoever is cut off leaves it without a digest of test pictures: its figures are then of none.
     """
-    target = max(versions(name), key=key)
-    while True:
-        _set_alias(name, alias, target)
-        best = max(versions(name), key=key)
-        if best == target:
-            return target
-        target = best
+    client = MlflowClient()
+    set_tags(version, {"test_digest": ""})
+    client.update_model_version(version.name, str(version.number), description)
+    set_tags(version, {"acc": repr(acc)} | {k: v for k, v in tags.items() if k != "test_digest"})
+    set_tags(version, {"test_digest": tags["test_digest"]})
 
 
-def _set_alias(name: str, alias: str, version: Version, tries: int = 5) -> None:
+def set_alias(version: Version, alias: str) -> None:
+    """Move an alias to a version, in one step."""
+    number = str(version.number)
+    _insist(MlflowClient().set_registered_model_alias, version.name, alias, number)
+
+
+def _insist(call: Callable[..., None], *arguments: str, tries: int = 5) -> None:
     for left in reversed(range(tries)):
         try:
-            return MlflowClient().set_registered_model_alias(name, alias, str(version.number))
+            return call(*arguments)
         except MlflowException:
-            # Two processes that set a new alias at the same moment both insert it, and the store
-            # refuses the second.
+            # Two processes that set a new alias or tag at the same moment both insert it, and
+            # the store refuses the second.
             if left == 0:
                 raise
             time.sleep(random.uniform(0.01, 0.1))
+
+
+def queue_for_retraining(names: MLflowNames) -> Version:
+    """Point the testing alias at the newest version, which retraining starts from.
+
+    Another process may register a newer one between the look and the move. Each looks again after
+    its own move, so whoever moves last has seen them all.
+    """
+    target = None
+    while True:
+        newest = versions(names.testing_model_name)[-1]
+        if target is not None and newest.number == target.number:
+            return target
+        set_alias(newest, names.testing_model_alias)
+        target = newest
 
 
 def production_version(names: MLflowNames) -> Version:
@@ -142,7 +184,7 @@ def behind_alias(name: str, alias: str) -> Version | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
-    return Version(name, int(found.version), float(found.tags.get("acc", "nan")))
+    return Version(name, int(found.version), float(found.tags.get("acc", "nan")), found.tags)
 
 
 def load_classifier(model_uri: str) -> Classifier:

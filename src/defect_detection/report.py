@@ -127,8 +127,7 @@ def markdown(
             f"| def_front | {test['defects_found']:.0f} | {test['defects_missed']:.0f} |",
             f"| ok_front | {test['ok_rejected']:.0f} | {test['ok_passed']:.0f} |",
             "",
-            f"Accuracy {test['accuracy']:.4f} at {THRESHOLD}, ROC AUC {test['roc_auc']:.4f}. "
-            f"Registered as {_words(said['registered_version'])}.",
+            f"Accuracy {test['accuracy']:.4f} at {THRESHOLD}, ROC AUC {test['roc_auc']:.4f}.",
             "",
             "| at the model's threshold, 95% bounds | pictures | photographs |",
             "| --- | --- | --- |",
@@ -137,6 +136,8 @@ def markdown(
             f"| sent to a person | {said['sent_to_a_person']} | |",
             "",
             f"{said['leakage']} Else: {said['unseen']}.",
+            "",
+            f"{said['comparison']} {said['decision']}.",
             "",
             "## Production",
             "",

@@ -11,18 +11,19 @@ from defect_detection import PipelineError
 from defect_detection.settings import from_root
 
 
-def parser(docstring: str, example: str) -> argparse.ArgumentParser:
-    """Make a parser with the script's docstring as help, an example, and `--data`."""
+def parser(docstring: str, example: str, data: bool = True) -> argparse.ArgumentParser:
+    """Make a parser with the script's docstring as help, an example, and `--data` if wanted."""
     made = argparse.ArgumentParser(
         description=docstring,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder with train/ and test/; default: the variable DATA_PATH, then the YAML file's",
-    )
+    if data:
+        made.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder with train/ and test/; default: the variable DATA_PATH, then the YAML's",
+        )
     return made
 
 

@@ -1,5 +1,6 @@
 """The steps that the scripts are made of: fit, evaluate, register. Each logs in the active run."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,13 +9,22 @@ from typing import TYPE_CHECKING
 import mlflow
 import numpy as np
 
-from defect_detection import dataset, metrics, plots, registry, tracking
+from defect_detection import (
+    PipelineError,
+    dataset,
+    metrics,
+    plots,
+    promotion,
+    registry,
+    tracking,
+)
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
-from defect_detection.metrics import THRESHOLD, Scores
+from defect_detection.metrics import THRESHOLD, Comparison, Scores
 from defect_detection.registry import Version
 from defect_detection.report import Evaluated
 from defect_detection.settings import Decisions, MLflowNames, Schedule
+from defect_detection.tracking import BestModel
 
 if TYPE_CHECKING:
     import keras
@@ -27,6 +37,8 @@ CROSS_VALIDATED = {
     "roc_auc": "ROC AUC",
     "calibration_error": "calibration error",
 }
+
+log = logging.getLogger(__name__)
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices of the training and of the validation pictures
 
@@ -275,35 +287,162 @@ def judge(classifier: Classifier, pictures: np.ndarray, split: Split) -> Evaluat
     )
 
 
+class Champions:
+    """The versions found behind prod, judged on the test pictures of an evaluation."""
+
+    def __init__(self, split: Split, folder: Path, cache: Path):
+        self._split, self._folder, self._cache = split, folder, cache
+        self._judged: dict[int, Evaluated | None] = {}
+
+    @property
+    def photographs(self) -> np.ndarray:
+        """The photograph of each test picture, (n,)."""
+        return self._split.testing_photographs
+
+    def add(self, version: Version, evaluated: Evaluated) -> None:
+        """Take a version in that was judged on these pictures."""
+        self._judged[version.number] = evaluated
+
+    def judged(self, version: Version) -> Evaluated | None:
+        """Judge a version on these pictures; None, with a warning, if it cannot be run."""
+        if version.number not in self._judged:
+            try:
+                classifier = registry.load_classifier(version.uri)
+            except PipelineError as error:
+                log.warning("%s cannot be compared: %s", version.uri, error)
+                self._judged[version.number] = None
+            else:
+                testing, size = self._split.testing, classifier.image_size
+                if size != testing.images.shape[1:3]:
+                    testing = dataset.load(self._folder, "test", size, self._cache)
+                self._judged[version.number] = judge(classifier, testing.images, self._split)
+        return self._judged[version.number]
+
+    def bring_up_to_date(self, version: Version) -> bool:
+        """Write a version's figures on these pictures to it, unless it has them.
+
+        Returns:
+            Whether it can be run.
+        """
+        judged = self.judged(version)
+        if judged is not None and version.test_digest != judged.test_digest:
+            # What of these pictures it was trained on is not known.
+            tags = judged.tags() | {"acc_unseen": "unknown", "leaked_share": "unknown"}
+            acc, text = judged.scores.accuracy, f"{_described(judged)} Scored again."
+            registry.update(version, acc, tags, text)
+            print(f"{version.uri} scored again on these pictures: accuracy {acc:.4f}")
+        return judged is not None
+
+
+def evaluate_and_register(
+    classifier: Classifier,
+    trained: Fitted | BestModel,
+    split: Split,
+    folder: Path,
+    cache: Path,
+    names: MLflowNames,
+    decisions: Decisions,
+    by: str,
+    prefix: str = "",
+) -> Version:
+    """Score a model, register it and decide the alias.
+
+    Args:
+        classifier: the model.
+        trained: where it was logged, and its validation accuracy.
+        split: the pictures.
+        folder: where they lie.
+        cache: folder of decoded pictures.
+        names: of the registered models.
+        decisions: what the plant asks for.
+        by: whose doing it is.
+        prefix: stands before the figures' names, for a run that has training figures too.
+    """
+    evaluated = evaluate(classifier, split, folder, prefix)
+    champions = Champions(split, folder, cache)
+    return register(trained, evaluated, names, decisions.promotion, champions, by)
+
+
 def register(
-    model_uri: str, run_id: str, evaluated: Evaluated, val_accuracy: float, names: MLflowNames
-) -> tuple[Version, str]:
+    trained: Fitted | BestModel,
+    evaluated: Evaluated,
+    names: MLflowNames,
+    rule: str,
+    champions: Champions,
+    by: str,
+) -> Version:
     """Register a logged model under the name that its test accuracy earns; decide the alias.
 
-    Returns:
-        The version, and a sentence that says what was done.
+    Before, it is compared with the version behind prod on the same pictures.
+
+    Args:
+        trained: the logged model.
+        evaluated: what it is worth.
+        names: of the registered models.
+        rule: "highest_acc", or "significant": it may have the alias only if it is better than
+            the version behind prod beyond chance.
+        champions: judges versions that are behind prod.
+        by: whose doing it is.
     """
     scores = evaluated.scores
-    description = (
-        f"Test accuracy {scores.accuracy:.4f} on {scores.pictures} pictures: "
-        f"{scores.defects_missed} defects let through, {scores.ok_rejected} good parts rejected. "
-        f"{evaluated.leaked_share:.1%} of them show a photograph of training; {evaluated.unseen}. "
-        f"Validation accuracy {val_accuracy:.4f}."
-    )
     name = registry.gate(scores.accuracy, names)
-    version = registry.register(
-        model_uri, run_id, scores.accuracy, description, name, evaluated.tags()
+    champion = registry.behind_alias(names.production_model_name, registry.PRODUCTION_ALIAS)
+    comparison = _compare(evaluated, champion, champions)
+    tags = evaluated.tags()
+    compared = "No version was behind prod to compare with."
+    if champion is not None:
+        known = f"{champion.name} version {champion.number}, behind {registry.PRODUCTION_ALIAS}"
+        compared = f"{known}, cannot be run: not compared."
+    if comparison is not None:
+        compared = f"Compared with {known}: {comparison}"
+        tags["comparison"] = compared
+        mlflow.log_metrics(comparison.as_dict())
+        if rule == "significant" and comparison.verdict != "better":
+            tags[registry.QUALIFIED] = "false"
+    description = (
+        f"{_described(evaluated)} {evaluated.leaked_share:.1%} of them show a photograph of "
+        f"training; {evaluated.unseen}. Validation accuracy {trained.val_accuracy:.4f}."
     )
-    mlflow.set_tag("registered_version", version.uri)
+    version = registry.register(
+        trained.model_uri, trained.run_id, scores.accuracy, description, name, tags
+    )
+    mlflow.set_tags({"registered_version": version.uri, "comparison": compared})
+    print(compared)
     done = f"Registered as {version.name} version {version.number}"
     if name == names.testing_model_name:
         queued = registry.queue_for_retraining(names)
-        return version, (
+        decision = (
             f"{done}, below the threshold of {names.evaluation_threshold:.0%}; "
             f"{names.testing_model_alias} is version {queued.number}"
         )
-    first = registry.promote(names)
-    return version, (
-        f"{done}; {registry.PRODUCTION_ALIAS} is version {first.number} with a test accuracy of "
-        f"{first.acc:.4f}"
+    else:
+        champions.add(version, evaluated)
+        first = promotion.promote(name, evaluated.test_digest, champions.bring_up_to_date, by)
+        decision = (
+            f"{done}; {registry.PRODUCTION_ALIAS} is version {first.number} with a test accuracy "
+            f"of {first.acc:.4f}"
+        )
+        if not version.qualified:
+            decision += ", since only a version that is better beyond chance replaces it"
+    mlflow.set_tag("decision", decision)
+    print(decision)
+    return version
+
+
+def _compare(
+    evaluated: Evaluated, champion: Version | None, champions: Champions
+) -> Comparison | None:
+    judged = champions.judged(champion) if champion is not None else None
+    if judged is None:
+        return None
+    return metrics.compare(
+        evaluated.labels, judged.probabilities, evaluated.probabilities, champions.photographs
+    )
+
+
+def _described(evaluated: Evaluated) -> str:
+    scores = evaluated.scores
+    return (
+        f"Test accuracy {scores.accuracy:.4f} on {scores.pictures} pictures: "
+        f"{scores.defects_missed} defects let through, {scores.ok_rejected} good parts rejected."
     )
