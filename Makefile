@@ -33,6 +33,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
 	$(PYTHON) tests/benchmarks/tracking_cost.py
+	$(PYTHON) tests/benchmarks/evaluation_cost.py
 	$(PYTHON) tests/benchmarks/generalisation.py
 
 .venv/.installed: requirements.txt .ci/setup

@@ -1,4 +1,4 @@
-"""Evaluate the model of best_model.json on data/test and register it.
+"""Evaluate the model of best_model.json on data/test, register it and write a report.
 
 A test accuracy at or above the threshold of src/config.yaml registers it as Production_Reg, whose
 version with the highest accuracy gets the alias prod; one below, as Testing_Reg. The version that

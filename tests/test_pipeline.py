@@ -87,7 +87,10 @@ def test_evaluation_registers_and_gives_the_alias(trained):
     right = counts["defects_found"] + counts["ok_passed"]
     assert right / 40 == pytest.approx(run.data.metrics["accuracy"])
     artifacts = [a.path for a in MlflowClient().list_artifacts(run.info.run_id)]
-    assert "confusion_matrix.png" in artifacts
+    assert {"confusion_matrix.png", "report.html"} <= set(artifacts)
+    page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/report.html")
+    assert "Production_Reg version 1" in page and run.info.run_id in page
+    assert f"Report: {run.info.artifact_uri}/report.html\n" in trained.printed[1]
     for kind in ("escapes", "overkill"):
         low, share, high = (run.data.metrics[f"{kind}_{of}"] for of in ("low", "share", "high"))
         assert low <= share <= high

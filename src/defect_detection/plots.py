@@ -1,7 +1,12 @@
 """Figures of an audit, a training and an evaluation."""
 
+import io
+import re
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -9,9 +14,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from defect_detection import images
 from defect_detection.audit import Audit
 from defect_detection.dataset import CLASSES
+from defect_detection.metrics import THRESHOLD, OperatingPoint, Scores, is_defect
 
 PAIRS_SHOWN = 12
-TRAINING, VALIDATION, BEST = "#5b6f8a", "#d1622b", "#8a8a8a"
+# Legible on white and on black.
+TRAINING, VALIDATION, QUIET = "#5b7fae", "#d1622b", "#8a8a8a"
 RIGHT, WRONG = "#4a8fd0", "#d1622b"
 
 
@@ -43,14 +50,13 @@ def learning_curves(title: str, history: dict[str, list[float]], best_epoch: int
     figure.suptitle(title)
     epochs = range(1, len(history["loss"]) + 1)
     for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        axes.axvline(best_epoch, color=BEST, linewidth=1, linestyle=":", label="best epoch")
+        axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", label="best epoch")
         axes.plot(epochs, history[name], ".-", color=TRAINING, label="training")
         axes.plot(epochs, history[f"val_{name}"], ".-", color=VALIDATION, label="validation")
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
+        _plain(axes)
         if name == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.legend(frameon=False)
@@ -77,3 +83,84 @@ def confusion_matrix(title: str, counts: list[list[int]]) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def roc_and_precision(
+    labels: np.ndarray, probabilities: np.ndarray, point: OperatingPoint, scores: Scores
+) -> Figure:
+    """Draw the ROC and the precision-recall curve, and where 0.5 and the threshold lie on them."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    figure = Figure(figsize=(7.6, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    overkill, found, _ = roc_curve(labels, probabilities)
+    left.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=":")
+    left.plot(overkill, found, color=TRAINING, linewidth=1.8)
+    left.set_title(f"ROC, area {scores.roc_auc:.3f}", fontsize=10)
+    left.set_xlabel("good parts rejected (overkill)")
+    left.set_ylabel("defects found")
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    right.plot(recall, precision, color=TRAINING, linewidth=1.8, drawstyle="steps-pre")
+    right.set_title("Precision and recall", fontsize=10)
+    right.set_xlabel("defects found (recall)")
+    right.set_ylabel("defects among the rejected (precision)")
+    defect = labels == 1
+    for threshold, marker, colour, name in (
+        (THRESHOLD, "o", QUIET, f"at {THRESHOLD}"),
+        (point.threshold, "D", VALIDATION, f"at {point.threshold:.3f}, the threshold"),
+    ):
+        rejected = is_defect(probabilities, threshold)
+        share = rejected[defect].mean()
+        left.plot(rejected[~defect].mean(), share, marker, color=colour, label=name)
+        right.plot(share, defect[rejected].mean() if rejected.any() else 1, marker, color=colour)
+    left.legend(frameon=False, fontsize=9, loc="lower right")
+    for axes in (left, right):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1))
+        _plain(axes)
+    return figure
+
+
+def histogram(labels: np.ndarray, probabilities: np.ndarray, point: OperatingPoint) -> Figure:
+    """Draw how many pictures of each folder have which probability, with threshold and band."""
+    figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(0, 1, 41)
+    for label, name, colour in ((0, CLASSES[1], RIGHT), (1, CLASSES[0], WRONG)):
+        axes.hist(probabilities[labels == label], bins, color=colour, alpha=0.6, label=name)
+    axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_major_formatter("{x:g}")
+    if point.review_high > point.review_low:
+        axes.axvspan(
+            point.review_low, point.review_high, color=QUIET, alpha=0.25, lw=0, label="to a person"
+        )
+    axes.axvline(point.threshold, color=VALIDATION, linewidth=1.8, label="threshold")
+    axes.axvline(THRESHOLD, color=QUIET, linewidth=1, linestyle=":", label=f"{THRESHOLD}")
+    axes.set(xlim=(0, 1))
+    axes.set_xlabel("probability of a defect")
+    axes.set_ylabel("pictures")
+    axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=5)
+    axes.set_ylim(top=axes.get_ylim()[1] * 2)  # room for the legend
+    _plain(axes)
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG to stand inside a page, in the page's font and ink colour."""
+    file = io.StringIO()
+    fonts = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
+    with matplotlib.rc_context(fonts):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()[file.getvalue().index("<svg") :]
+    # Matplotlib's black is the page's ink, whichever theme; text without a fill inherits it.
+    drawn = re.sub(r"(fill|stroke): #(000000|262626)", r"\1: currentColor", drawn)
+    drawn = drawn.replace("stroke: #b0b0b0", "stroke: currentColor")  # of grids, made faint
+    drawn = re.sub(r"font-family: [^;\"]*;? ?", "", drawn)
+    return re.sub(r'<svg ([^>]*)width="[^"]*" height="[^"]*"', r"<svg \1", drawn, count=1)

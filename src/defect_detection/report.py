@@ -1,14 +1,40 @@
-"""What an evaluation found, and the summary of a pipeline in Markdown."""
+"""The report of an evaluation, one HTML file, and the summary of a pipeline in Markdown."""
 
+import base64
+import io
 import json
+import platform
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version as package_version
+from pathlib import Path
 
+import jinja2
 import numpy as np
 from mlflow.entities import Run
+from PIL import Image
 
-from defect_detection.metrics import THRESHOLD, Errors, Scores, Unseen
-from defect_detection.registry import Version
+from defect_detection import images, metrics, plots
+from defect_detection.audit import Split
+from defect_detection.dataset import CLASSES
+from defect_detection.metrics import (
+    THRESHOLD,
+    Comparison,
+    Errors,
+    OperatingPoint,
+    Rate,
+    Scores,
+    Unseen,
+)
+from defect_detection.registry import PRODUCTION_ALIAS, Version
+from defect_detection.robustness import REPEATS, Disturbed, Repeatability
 
+FILE = "report.html"  # the artifact's name
+TEMPLATE = Path(__file__).with_name("report.html")
+MISTAKES_SHOWN = 12  # photographs of each kind
+MISTAKE_SIDE = 224  # pixels
+PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy", "pillow", "mlflow")
+GLOW = np.array([255, 72, 0])  # colour of a heatmap
 # Squares of a text and lines of a chart in the same colours.
 SQUARES = {
     "🟦": "#3b78c4",
@@ -67,6 +93,195 @@ class Evaluated:
             "escapes_past_review": str(self.errors.escapes_past_review),
             "overkill_past_review": str(self.errors.overkill_past_review),
         }
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version that an evaluation registered.
+
+    Attributes:
+        version: the version.
+        champion: the version that was behind prod before, None if there was none.
+        comparison: with the champion on the same pictures, None if that could not be run.
+        decision: what was decided on the alias, in words.
+        in_production: whether the version is behind prod now.
+    """
+
+    version: Version
+    champion: Version | None
+    comparison: Comparison | None
+    decision: str
+    in_production: bool
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrongly judged test picture, the worst of its photograph.
+
+    Attributes:
+        path: relative to the data folder.
+        probability: of a defect.
+        others: how many more pictures of the photograph are wrong in the same way.
+        review: whether it is in the review band.
+        leaked: whether its photograph is in training.
+        picture: as a data URI.
+        heatmap: the picture with the evidence of a defect over it, as a data URI.
+    """
+
+    path: str
+    probability: float
+    others: int
+    review: bool
+    leaked: bool
+    picture: str
+    heatmap: str
+
+
+def html(
+    evaluated: Evaluated,
+    registered: Registered,
+    point: OperatingPoint,
+    max_escape_rate: float,
+    split: Split,
+    folder: Path,
+    disturbed: list[Disturbed],
+    repeatability: Repeatability,
+    run_id: str,
+    commit: str,
+) -> str:
+    """Write the report as one page that needs nothing else.
+
+    Args:
+        evaluated: the figures.
+        registered: what became of the model.
+        point: its threshold and review band.
+        max_escape_rate: what the plant asks for.
+        split: the pictures.
+        folder: where they lie.
+        disturbed: the robustness table.
+        repeatability: verdicts over small disturbances.
+        run_id: of the evaluation.
+        commit: of the project.
+    """
+    rejected = metrics.is_defect(evaluated.probabilities, point.threshold)
+    defect = evaluated.labels == 1
+    escapes = _mistakes(evaluated, defect & ~rejected, point, split, folder)
+    overkill = _mistakes(evaluated, ~defect & rejected, point, split, folder)
+    figures = {
+        "confusion": plots.confusion_matrix(
+            f"At the threshold {point.threshold:.3f}", evaluated.errors.matrix()
+        ),
+        "plain": plots.confusion_matrix(f"At {THRESHOLD}", evaluated.scores.matrix()),
+        "curves": plots.roc_and_precision(
+            evaluated.labels, evaluated.probabilities, point, evaluated.scores
+        ),
+        "histogram": plots.histogram(evaluated.labels, evaluated.probabilities, point),
+    }
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = "{:.1%}".format
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        e=evaluated,
+        r=registered,
+        point=point,
+        alias=PRODUCTION_ALIAS,
+        plain=THRESHOLD,
+        accuracy=Rate(
+            evaluated.scores.defects_found + evaluated.scores.ok_passed, evaluated.scores.pictures
+        ),
+        asked=max_escape_rate,
+        kept=_kept(evaluated.photograph_errors.escapes, max_escape_rate),
+        leakage=split.leakage,
+        leaked=int(split.leaked.sum()),
+        mistakes=[
+            ("Escapes", "defects with the verdict ok", evaluated.errors.escapes.count, escapes),
+            ("Overkill", "good parts with the verdict defect", evaluated.errors.overkill.count)
+            + (overkill,),
+        ],
+        disturbed=disturbed,
+        repeatability=repeatability,
+        repeats=REPEATS,
+        figures={name: plots.svg(figure) for name, figure in figures.items()},
+        scores=json.dumps(
+            {
+                "probabilities": [round(float(p), 6) for p in evaluated.probabilities],
+                "defects": [int(label) for label in evaluated.labels],
+                "threshold": point.threshold,
+            }
+        ),
+        provenance=_provenance(evaluated, split, folder, run_id, commit),
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _kept(escapes: Rate, asked: float) -> str:
+    """Say whether a largest escape rate is kept, as far as the bounds tell."""
+    low, high = escapes.bounds
+    if high <= asked:
+        return "kept"
+    return "missed" if low > asked else "open"
+
+
+def _mistakes(
+    evaluated: Evaluated, wrong: np.ndarray, point: OperatingPoint, split: Split, folder: Path
+) -> list[Mistake]:
+    """Pick the worst picture of each photograph, the worst photographs first."""
+    rows = np.flatnonzero(wrong)
+    rows = rows[np.argsort(-np.abs(evaluated.probabilities[rows] - point.threshold))]
+    photographs = split.testing_photographs[rows]
+    _, worst = np.unique(photographs, return_index=True)
+    found = []
+    for place in np.sort(worst)[:MISTAKES_SHOWN]:
+        row = rows[place]
+        picture = images.decode_within(folder / split.testing.paths[row], MISTAKE_SIDE)
+        found.append(
+            Mistake(
+                path=split.testing.paths[row],
+                probability=float(evaluated.probabilities[row]),
+                others=int((photographs == photographs[place]).sum()) - 1,
+                review=bool(point.review(evaluated.probabilities[row])),
+                leaked=bool(split.leaked[row]),
+                picture=_data_uri(Image.fromarray(picture)),
+                heatmap=_data_uri(_glow(picture, evaluated.maps[row])),
+            )
+        )
+    return found
+
+
+def _glow(picture: np.ndarray, evidence: np.ndarray) -> Image.Image:
+    """Lay evidence over a grey picture, the more the stronger the colour; the most covers it."""
+    height, width = picture.shape
+    smooth = Image.fromarray(evidence / max(evidence.max(), 1e-9)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    opacity = np.clip(np.asarray(smooth), 0, 1)[..., np.newaxis]
+    grey = picture[..., np.newaxis].astype(float)
+    return Image.fromarray((grey * (1 - opacity) + GLOW * opacity).astype(np.uint8))
+
+
+def _data_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _provenance(
+    evaluated: Evaluated, split: Split, folder: Path, run_id: str, commit: str
+) -> dict[str, str]:
+    counts = split.testing.counts
+    packages = ", ".join(f"{name} {package_version(name)}" for name in PACKAGES)
+    return {
+        "test pictures": f"{folder / 'test'}: "
+        + ", ".join(f"{counts[name]} {name}" for name in CLASSES)
+        + f", {len(split.testing.skipped)} unreadable",
+        "test digest (SHA-256)": evaluated.test_digest,
+        "training digest (SHA-256)": split.training.digest,
+        "evaluation run": run_id,
+        "commit": commit,
+        "versions": f"Python {platform.python_version()}, {packages}",
+        "machine": platform.platform(),
+    }
 
 
 def markdown(
@@ -138,6 +353,8 @@ def markdown(
             f"{said['leakage']} Else: {said['unseen']}.",
             "",
             f"{said['comparison']} {said['decision']}.",
+            "",
+            f"The whole report is the artifact {FILE} of the run {evaluation.info.run_id}.",
             "",
             "## Production",
             "",

@@ -16,13 +16,15 @@ from defect_detection import (
     plots,
     promotion,
     registry,
+    report,
+    robustness,
     tracking,
 )
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
 from defect_detection.metrics import THRESHOLD, Comparison, Scores
 from defect_detection.registry import Version
-from defect_detection.report import Evaluated
+from defect_detection.report import Evaluated, Registered
 from defect_detection.settings import Decisions, MLflowNames, Schedule
 from defect_detection.tracking import BestModel
 
@@ -345,7 +347,7 @@ def evaluate_and_register(
     by: str,
     prefix: str = "",
 ) -> Version:
-    """Score a model, register it and decide the alias.
+    """Score a model, register it, decide the alias and log the report.
 
     Args:
         classifier: the model.
@@ -360,7 +362,9 @@ def evaluate_and_register(
     """
     evaluated = evaluate(classifier, split, folder, prefix)
     champions = Champions(split, folder, cache)
-    return register(trained, evaluated, names, decisions.promotion, champions, by)
+    registered = register(trained, evaluated, names, decisions.promotion, champions, by)
+    publish(classifier, split, folder, evaluated, registered, decisions.max_escape_rate)
+    return registered.version
 
 
 def register(
@@ -370,7 +374,7 @@ def register(
     rule: str,
     champions: Champions,
     by: str,
-) -> Version:
+) -> Registered:
     """Register a logged model under the name that its test accuracy earns; decide the alias.
 
     Before, it is compared with the version behind prod on the same pictures.
@@ -408,6 +412,7 @@ def register(
     )
     mlflow.set_tags({"registered_version": version.uri, "comparison": compared})
     print(compared)
+    in_production = False
     done = f"Registered as {version.name} version {version.number}"
     if name == names.testing_model_name:
         queued = registry.queue_for_retraining(names)
@@ -418,6 +423,7 @@ def register(
     else:
         champions.add(version, evaluated)
         first = promotion.promote(name, evaluated.test_digest, champions.bring_up_to_date, by)
+        in_production = first.number == version.number
         decision = (
             f"{done}; {registry.PRODUCTION_ALIAS} is version {first.number} with a test accuracy "
             f"of {first.acc:.4f}"
@@ -426,7 +432,7 @@ def register(
             decision += ", since only a version that is better beyond chance replaces it"
     mlflow.set_tag("decision", decision)
     print(decision)
-    return version
+    return Registered(version, champion, comparison, decision, in_production)
 
 
 def _compare(
@@ -446,3 +452,29 @@ def _described(evaluated: Evaluated) -> str:
         f"Test accuracy {scores.accuracy:.4f} on {scores.pictures} pictures: "
         f"{scores.defects_missed} defects let through, {scores.ok_rejected} good parts rejected."
     )
+
+
+def publish(
+    classifier: Classifier,
+    split: Split,
+    folder: Path,
+    evaluated: Evaluated,
+    registered: Registered,
+    max_escape_rate: float,
+) -> None:
+    """Log the report of an evaluation, one HTML file, and say where it is."""
+    run = mlflow.active_run()
+    page = report.html(
+        evaluated,
+        registered,
+        classifier.point,
+        max_escape_rate,
+        split,
+        folder,
+        robustness.table(classifier, split.testing.images, split.testing.labels),
+        robustness.repeatability(classifier, split.testing.images),
+        run.info.run_id,
+        run.data.tags.get("mlflow.source.git.commit", "unknown"),
+    )
+    mlflow.log_text(page, report.FILE)
+    print(f"Report: {mlflow.get_artifact_uri(report.FILE)}")
