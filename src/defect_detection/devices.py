@@ -35,28 +35,6 @@ class Device:
         return {"device": self.name, "device_why": self.why}
 
 
-def forward_and_backward(
-    model: keras.Model, images: np.ndarray, labels: np.ndarray, device: str
-) -> list[np.ndarray]:
-    """Return the probabilities and the gradients of all weights; the model stays as it is."""
-    weights = model.get_weights()
-    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
-    rates = [layer.rate for layer in dropouts]
-    try:
-        for layer in dropouts:
-            layer.rate = 0.0  # two devices need not draw the same
-        with tf.device(device), tf.GradientTape() as tape:
-            probabilities = model(tf.cast(images, tf.float32), training=True)
-            targets = tf.cast(tf.reshape(labels, (-1, 1)), tf.float32)
-            loss = keras.losses.BinaryCrossentropy()(targets, probabilities)
-            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
-        return [probabilities.numpy(), *(gradient.numpy() for gradient in gradients)]
-    finally:
-        for layer, rate in zip(dropouts, rates, strict=True):
-            layer.rate = rate
-        model.set_weights(weights)
-
-
 @contextmanager
 def chosen(
     requested: str,
@@ -111,6 +89,28 @@ def checked(
     if difference <= TOLERANCE:  # false also if it is not a number
         return Device(name, f"it differs from the CPU by {difference:.2g} at most")
     return Device(CPU, f"{name} computes wrongly: it differs from the CPU by {difference:.2g}")
+
+
+def forward_and_backward(
+    model: keras.Model, images: np.ndarray, labels: np.ndarray, device: str
+) -> list[np.ndarray]:
+    """Return the probabilities and the gradients of all weights; the model stays as it is."""
+    weights = model.get_weights()
+    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    rates = [layer.rate for layer in dropouts]
+    try:
+        for layer in dropouts:
+            layer.rate = 0.0  # two devices need not draw the same
+        with tf.device(device), tf.GradientTape() as tape:
+            probabilities = model(tf.cast(images, tf.float32), training=True)
+            targets = tf.cast(tf.reshape(labels, (-1, 1)), tf.float32)
+            loss = keras.losses.BinaryCrossentropy()(targets, probabilities)
+            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        return [probabilities.numpy(), *(gradient.numpy() for gradient in gradients)]
+    finally:
+        for layer, rate in zip(dropouts, rates, strict=True):
+            layer.rate = rate
+        model.set_weights(weights)
 
 
 def _largest_difference(expected: list[np.ndarray], computed: list[np.ndarray]) -> float:

@@ -303,9 +303,8 @@ def unseen(
     labels: np.ndarray, probabilities: np.ndarray, photographs: np.ndarray, threshold: float
 ) -> Unseen:
     """Judge unseen pictures, all arrays (n,), 1 = defect."""
-    right = is_defect(probabilities, threshold) == (labels == 1)
-    each_label, each_probability = by_photograph(labels, probabilities, photographs)
-    each_right = is_defect(each_probability, threshold) == (each_label == 1)
+    right = is_right(labels, probabilities, threshold)
+    each_right = is_right(*by_photograph(labels, probabilities, photographs), threshold)
     return Unseen(len(right), int(right.sum()), len(each_right), int(each_right.sum()))
 
 
@@ -335,6 +334,11 @@ def bounds(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 def is_defect(probabilities: np.ndarray | float, threshold: float) -> np.ndarray | bool:
     """Turn probabilities of a defect into verdicts, True = defect."""
     return probabilities >= threshold
+
+
+def is_right(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """Say which verdicts are right: bool (n,), for labels (n,), 1 = defect."""
+    return is_defect(probabilities, threshold) == (labels == 1)
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Scores:
@@ -422,10 +426,7 @@ def compare(
     """Compare two models' probabilities of the same pictures; all arrays (n,), 1 = defect."""
 
     def paired(labels: np.ndarray, champion: np.ndarray, challenger: np.ndarray) -> Paired:
-        old, new = (
-            is_defect(probabilities, THRESHOLD) == (labels == 1)
-            for probabilities in (champion, challenger)
-        )
+        old, new = (is_right(labels, one, THRESHOLD) for one in (champion, challenger))
         return Paired(int((new & ~old).sum()), int((old & ~new).sum()), len(labels))
 
     each_label, each_champion = by_photograph(labels, champion, photographs)

@@ -15,6 +15,7 @@ from mlflow.entities import Run
 from defect_detection import PipelineError, registry, tracking
 from defect_detection.registry import PRODUCTION_ALIAS, SET_ASIDE, Version
 
+EXPERIMENT = "promotion/{}"
 # The run's tags that hold the change; a version gets those of the change that brought it to prod.
 CHANGE, DONE = "promotion.change", "promotion.done"
 FIGURES = ("acc", "acc_unseen", "leaked_share", "escapes", "overkill", "comparison", "test_digest")
@@ -169,7 +170,7 @@ def _move(target: Version, why: str, by: str, set_aside: list[int] | None = None
         },
     )
     with mlflow.start_run(
-        experiment_id=_experiment(target.name),
+        experiment_id=tracking.open_experiment(EXPERIMENT.format(target.name)),
         run_name=f"{PRODUCTION_ALIAS}: version {target.number}",
         nested=True,  # where an evaluation runs, it is the parent
         tags={CHANGE: json.dumps(asdict(change)), "promotion.after": str(target.number)},
@@ -204,14 +205,13 @@ def _finish(name: str, recorded: Recorded) -> None:
     MlflowClient().set_tag(recorded.run_id, DONE, "true")
 
 
-def _experiment(name: str) -> str:
-    return tracking.open_experiment(f"promotion/{name}")
-
-
 def _runs(name: str, which: str = "", most: int = 1000) -> list[Run]:
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT.format(name))
+    if experiment is None:  # nothing has changed yet, and to look changes nothing
+        return []
     newest_first = ["attributes.start_time DESC"]
     return MlflowClient().search_runs(
-        [_experiment(name)], which, max_results=most, order_by=newest_first
+        [experiment.experiment_id], which, max_results=most, order_by=newest_first
     )
 
 

@@ -165,8 +165,10 @@ def html(
     """
     rejected = metrics.is_defect(evaluated.probabilities, point.threshold)
     defect = evaluated.labels == 1
-    escapes = _mistakes(evaluated, defect & ~rejected, point, split, folder)
-    overkill = _mistakes(evaluated, ~defect & rejected, point, split, folder)
+    wrong = (
+        ("Escapes", "defects with the verdict ok", defect & ~rejected),
+        ("Overkill", "good parts with the verdict defect", ~defect & rejected),
+    )
     figures = {
         "confusion": plots.confusion_matrix(
             f"At the threshold {point.threshold:.3f}", evaluated.errors.matrix()
@@ -195,9 +197,8 @@ def html(
         leakage=split.leakage,
         leaked=int(split.leaked.sum()),
         mistakes=[
-            ("Escapes", "defects with the verdict ok", evaluated.errors.escapes.count, escapes),
-            ("Overkill", "good parts with the verdict defect", evaluated.errors.overkill.count)
-            + (overkill,),
+            (name, meaning, int(rows.sum()), _mistakes(evaluated, rows, point, split, folder))
+            for name, meaning, rows in wrong
         ],
         disturbed=disturbed,
         repeatability=repeatability,

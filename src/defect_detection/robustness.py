@@ -89,7 +89,7 @@ def table(classifier: Classifier, pictures: np.ndarray, labels: np.ndarray) -> l
     rows = []
     for name, disturb in DISTURBANCES.items():
         probabilities = classifier.probabilities(_each(pictures, disturb))
-        right = metrics.is_defect(probabilities, THRESHOLD) == (labels == 1)
+        right = metrics.is_right(labels, probabilities, THRESHOLD)
         errors = metrics.errors(labels, probabilities, classifier.point)
         rows.append(Disturbed(name, float(right.mean()), errors.escapes, errors.overkill))
     return rows

@@ -244,7 +244,7 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
         low, high = unseen.bounds
         figures |= {"acc_unseen": unseen.accuracy, "acc_unseen_low": low, "acc_unseen_high": high}
     if split.leaked.any():
-        right = metrics.is_defect(evaluated.probabilities, THRESHOLD) == (evaluated.labels == 1)
+        right = metrics.is_right(evaluated.labels, evaluated.probabilities, THRESHOLD)
         figures["acc_leaked"] = float(right[split.leaked].mean())
     for of, errors in (("", evaluated.errors), ("photographs_", evaluated.photograph_errors)):
         figures |= {of + name: value for name, value in errors.as_dict().items()}
@@ -296,11 +296,6 @@ class Champions:
         self._split, self._folder, self._cache = split, folder, cache
         self._judged: dict[int, Evaluated | None] = {}
 
-    @property
-    def photographs(self) -> np.ndarray:
-        """The photograph of each test picture, (n,)."""
-        return self._split.testing_photographs
-
     def add(self, version: Version, evaluated: Evaluated) -> None:
         """Take a version in that was judged on these pictures."""
         self._judged[version.number] = evaluated
@@ -319,6 +314,18 @@ class Champions:
                     testing = dataset.load(self._folder, "test", size, self._cache)
                 self._judged[version.number] = judge(classifier, testing.images, self._split)
         return self._judged[version.number]
+
+    def compare(self, champion: Version, evaluated: Evaluated) -> Comparison | None:
+        """Compare what was evaluated with a version; None if that cannot be run."""
+        judged = self.judged(champion)
+        if judged is None:
+            return None
+        return metrics.compare(
+            evaluated.labels,
+            judged.probabilities,
+            evaluated.probabilities,
+            self._split.testing_photographs,
+        )
 
     def bring_up_to_date(self, version: Version) -> bool:
         """Write a version's figures on these pictures to it, unless it has them.
@@ -391,10 +398,10 @@ def register(
     scores = evaluated.scores
     name = registry.gate(scores.accuracy, names)
     champion = registry.behind_alias(names.production_model_name, registry.PRODUCTION_ALIAS)
-    comparison = _compare(evaluated, champion, champions)
     tags = evaluated.tags()
-    compared = "No version was behind prod to compare with."
+    comparison, compared = None, "No version was behind prod to compare with."
     if champion is not None:
+        comparison = champions.compare(champion, evaluated)
         known = f"{champion.name} version {champion.number}, behind {registry.PRODUCTION_ALIAS}"
         compared = f"{known}, cannot be run: not compared."
     if comparison is not None:
@@ -433,17 +440,6 @@ def register(
     mlflow.set_tag("decision", decision)
     print(decision)
     return Registered(version, champion, comparison, decision, in_production)
-
-
-def _compare(
-    evaluated: Evaluated, champion: Version | None, champions: Champions
-) -> Comparison | None:
-    judged = champions.judged(champion) if champion is not None else None
-    if judged is None:
-        return None
-    return metrics.compare(
-        evaluated.labels, judged.probabilities, evaluated.probabilities, champions.photographs
-    )
 
 
 def _described(evaluated: Evaluated) -> str:
