@@ -70,9 +70,10 @@ def changes_table(history: list[Recorded]) -> str:
     lines = [f"\nChanges of {PRODUCTION_ALIAS}, the newest first"]
     for recorded in history:
         change = recorded.change
+        why = " ".join(change.why.split())  # one line each, whatever a person wrote
         outcome = "" if recorded.done else "  NOT CARRIED OUT"
         lines.append(
-            f"  {change.at}  {change.before or 'none'} -> {change.after}  {change.why}  "
+            f"  {change.at}  {change.before or 'none'} -> {change.after}  {why}  "
             f"by {change.by}  commit {recorded.commit[:12]}{outcome}"
         )
     return "\n".join(lines if history else [*lines, "  none"])

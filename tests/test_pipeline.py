@@ -196,7 +196,7 @@ def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
     picture = next((learnable / "test" / "ok_front").iterdir())
     assert "version 3, test accuracy" in trained.run("src/inference.py", picture).stderr
 
-    said = trained.succeed("src/promote.py", "--rollback", "--why", "misses cracks")
+    said = trained.succeed("src/promote.py", "--rollback", "--why", "misses\ncracks")
     assert said.startswith("prod of Production_Reg is version 1, was 3\nset aside")
     assert "version 1, test accuracy" in trained.run("src/inference.py", picture).stderr
     listed = trained.succeed("src/promote.py", "--list").splitlines()

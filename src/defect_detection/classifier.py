@@ -56,19 +56,20 @@ class Classifier:
         """Load a registered model from its folder.
 
         Raises:
-            PipelineError: the folder holds no model with the LiteRT flavour.
+            PipelineError: the folder holds no model with the LiteRT flavour, or a damaged one.
         """
         try:
-            flavours = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]
-            flavour = flavours[FLAVOUR]
+            flavour = yaml.safe_load((folder / "MLmodel").read_text())["flavors"][FLAVOUR]
+            # Versions that were registered before thresholds were chosen have none.
+            point = OperatingPoint(**flavour.get("operating_point", asdict(PLAIN)))
             model = (folder / flavour["data"]).read_bytes()
-        except (OSError, KeyError) as error:
+            return cls(model, tuple(flavour["image_size"]), point)
+        # The runtime raises ValueError of what is no model, RuntimeError of what is half of one.
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())
             raise PipelineError(
-                f"{folder} holds no model that this version can serve ({error}). Train a new one"
+                f"{folder} holds no model that this version can serve ({why}). Train a new one"
             ) from error
-        # Versions that were registered before thresholds were chosen have none.
-        point = flavour.get("operating_point", asdict(PLAIN))
-        return cls(model, tuple(flavour["image_size"]), OperatingPoint(**point))
 
     def probabilities(self, pictures: np.ndarray) -> np.ndarray:
         """Return the probability of a defect, float32 (n,), for uint8 (n, height, width, 1)."""
