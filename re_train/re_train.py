@@ -75,6 +75,7 @@ def main() -> None:
                 "re-train",
                 partial(make_model, start, parameters.image_size, shared.sets[0]),
                 split,
+                folder,
                 rows,
                 Schedule(
                     parameters.learning_rate,
@@ -86,6 +87,7 @@ def main() -> None:
                     shared.seed,
                 ),
                 config.decisions,
+                shared.quantize,
                 settings.device(env),
                 verbose=2,
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),

@@ -76,9 +76,11 @@ def fit_sets(
                 hyper.name,
                 partial(build, parameters, hyper),
                 split,
+                folder,
                 rows,
                 parameters.schedule(hyper),
                 config.decisions,
+                parameters.quantize,
                 device,
                 verbose=1 if sys.stdout.isatty() else 2,
             )

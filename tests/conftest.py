@@ -1,5 +1,6 @@
 """What several tests need: drawn pictures, a tracking store, a copy of the project to run."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import yaml
@@ -35,6 +37,13 @@ def draw_part(rng: np.random.Generator, defect: bool, side: int = 96) -> Image.I
         pen.ellipse((x - r, y - r, x + r, y + r), fill=10)
     noise = rng.normal(0, 3, (side, side))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image) -> bytes:
+    """Return a picture as the bytes of a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
 
 
 def draw_folders(data: Path, train: int, test: int, seed: int = 0) -> Path:
@@ -75,6 +84,36 @@ def store(_store: str):
     """A tracking store that is connected; names in it are shared by the tests of a session."""
     with tracking.connected(_store):
         yield _store
+
+
+@pytest.fixture(scope="session")
+def logged_model(_store: str) -> tuple[str, str]:
+    """Run and URI of a logged model for parts as `draw_part` draws them; it has learned nothing."""
+    from defect_detection import images, model
+    from defect_detection.metrics import PLAIN
+    from defect_detection.scope import Scope
+    from defect_detection.settings import HyperParameters
+
+    rng, size = np.random.default_rng(0), (32, 32)
+    parts = [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(100)]
+    model.keras.utils.set_random_seed(0)
+    cnn = model.build(size, HyperParameters("small", [8, 12], 0.1, 0.01, 0.0001, 8))
+    scope = Scope.of(np.stack([images.decode(part, size) for part in parts]))
+    with tracking.connected(_store):
+        with mlflow.start_run(experiment_id=tracking.open_experiment("train/kept")) as run:
+            litert = model.to_litert(cnn)
+            uri = tracking.log_model(cnn, litert, "none", PLAIN, scope, parts[0])
+    return run.info.run_id, uri
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    _store: str, logged_model: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The files of `logged_model`."""
+    with tracking.connected(_store):
+        with tracking.fetched(logged_model[1]) as files:
+            return Path(shutil.copytree(files, tmp_path_factory.mktemp("model") / "model"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,13 +1,18 @@
 """The served model."""
 
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
-from defect_detection import PipelineError
+from conftest import draw_part, encoded
+from defect_detection import PipelineError, images, model
 from defect_detection.classifier import Classifier
+from defect_detection.metrics import OperatingPoint
+from defect_detection.scope import Scope
+from defect_detection.settings import HyperParameters
+
+SIZE = (32, 32)
 
 
 @pytest.mark.parametrize("content", [None, "flavors: {}", "artifact_path: model"])
@@ -32,13 +37,80 @@ def test_damaged_model_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
-def test_inference_imports_nothing_that_only_training_needs():
-    program = (
-        "import sys; sys.path.insert(0, 'src'); import inference;"
-        "heavy = ('tensorflow', 'keras', 'sklearn', 'cv2', 'matplotlib');"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+@pytest.fixture(scope="module")
+def litert() -> bytes:
+    model.keras.utils.set_random_seed(0)
+    return model.to_litert(model.build(SIZE, HyperParameters("s", [8, 12], 0.1, 0.01, 0.0001, 8)))
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    return [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(40)]
+
+
+def test_many_threads_get_what_one_gets(litert, parts):
+    classifier = Classifier(litert, SIZE, threads=1)
+    alone = [classifier.classify(part) for part in parts]
+    assert len({one.probability for one in alone}) > 30
+
+    def judge(start: int) -> bool:
+        # Batches of all sizes, so that interpreters are resized while others compute.
+        chunk = parts[start : start + 1 + start % 7]
+        expected = alone[start : start + 1 + start % 7]
+        return all(
+            one.verdict == other.verdict and abs(one.probability - other.probability) < 1e-6
+            for one, other in zip(classifier.classify_all(chunk), expected, strict=True)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(judge, [n % 33 for n in range(400)]))
+
+
+def test_calls_one_after_the_other_share_an_interpreter(litert, parts, monkeypatch):
+    made = []
+    real = Classifier._make
+    monkeypatch.setattr(Classifier, "_make", lambda self: made.append(1) or real(self))
+    classifier = Classifier(litert, SIZE)
+    for part in parts[:5]:
+        classifier.classify(part)
+    assert len(made) == 1
+
+
+def test_broken_pictures_stand_among_the_others_as_errors(litert, parts, tmp_path):
+    classifier = Classifier(litert, SIZE)
+    sources = [parts[0], b"", tmp_path / "gone.png", parts[1], parts[2][:700]]
+    found = classifier.classify_all(sources)
+    assert [one.verdict == "error" for one in found] == [False, True, True, False, True]
+    assert [one.reason.split(" (")[0] for one in found] == [
+        "",
+        "is empty",
+        "does not exist",
+        "",
+        "cannot be decoded",
+    ]
+    assert found[0].probability == classifier.classify(parts[0]).probability
+    assert (found[1].probability, found[1].review, found[1].evidence) == (None, True, None)
+    assert classifier.classify_all([]) == classifier.classify_all([])
+    assert {one.verdict for one in classifier.classify_all([b"", b"x"])} == {"error"}
+
+
+def test_picture_out_of_scope_is_unknown_and_goes_to_a_person(litert, parts):
+    pictures = np.stack([images.decode(part, SIZE) for part in parts])
+    classifier = Classifier(litert, SIZE, OperatingPoint(0.9, 0.9, 0.9), Scope.of(pictures))
+    black = np.zeros((1, *SIZE, 1), np.uint8)
+    good, dark = classifier.judge(np.concatenate([pictures[:1], black]))
+    assert (good.verdict, good.review, good.reason) == ("ok", False, "")
+    assert (dark.verdict, dark.review, dark.reason) == ("unknown", True, "too dark")
+    assert str(dark).endswith("  review  too dark")
+    assert classifier.outside(black) == ["too dark"]
+    anything = Classifier(litert, SIZE, OperatingPoint(0.9, 0.9, 0.9))
+    assert anything.judge(black)[0].verdict == "ok"  # a version that was saved without a scope
+
+
+def test_evidence_comes_with_the_verdict(litert, parts):
+    classifier = Classifier(litert, SIZE)
+    pictures = np.stack([images.decode(part, SIZE) for part in parts[:3]])
+    _, maps = classifier.examine(pictures)
+    for verdict, expected in zip(classifier.judge(pictures), maps, strict=True):
+        np.testing.assert_array_equal(verdict.evidence, expected)

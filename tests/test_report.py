@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import Project, draw_folders
-from defect_detection import audit, metrics, report, steps
+from defect_detection import audit, images, metrics, report, steps
 from defect_detection.metrics import Comparison, OperatingPoint, Paired, Rate
 from defect_detection.registry import Version
 from defect_detection.report import Registered
@@ -37,6 +37,9 @@ class Known:
     def examine(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         maps = np.random.default_rng(1).random((len(pictures), 8, 8)).astype(np.float32)
         return self.probabilities, maps
+
+    def outside(self, pictures: np.ndarray) -> list[str]:
+        return ["blurred", "noisy", *[""] * (len(pictures) - 2)]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_gallery_shows_the_worst_mistake_of_each_photograph(drawn, page):
 def test_heatmap_is_strongest_where_the_evidence_is():
     evidence = np.zeros((8, 8), np.float32)
     evidence[1, 6] = 2
-    glowing = np.asarray(report._glow(np.full((64, 64), 100, np.uint8), evidence)).astype(int)
+    glowing = np.asarray(images.lay_over(np.full((64, 64), 100, np.uint8), evidence)).astype(int)
     row, column = np.unravel_index((glowing[..., 0] - glowing[..., 2]).argmax(), (64, 64))
     assert (row // 8, column // 8) == (1, 6)
     assert (glowing[40:, :30] == 100).all()

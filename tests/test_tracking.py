@@ -1,5 +1,6 @@
 """Stores, experiments, runs and the logged model."""
 
+import base64
 import json
 import socket
 import time
@@ -11,14 +12,18 @@ import numpy as np
 import pytest
 import yaml
 
+from conftest import draw_part, encoded
 from defect_detection import PipelineError, dataset, model, tracking
 from defect_detection.classifier import Classifier
 from defect_detection.metrics import OperatingPoint
+from defect_detection.scope import Scope
 from defect_detection.settings import HyperParameters
 from defect_detection.tracking import BestModel
 
 SIZE = (32, 32)
+PICTURE = encoded(draw_part(np.random.default_rng(2), defect=True))
 POINT = OperatingPoint(0.3, 0.25, 0.45)
+SCOPE = Scope.of(np.random.default_rng(1).integers(0, 256, (20, *SIZE, 1), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,7 @@ def cnn() -> keras.Model:
 @pytest.fixture
 def logged(store, cnn) -> str:
     with mlflow.start_run(experiment_id=tracking.open_experiment("train/test")):
-        example = np.zeros((1, *SIZE, 1), np.uint8)
-        return tracking.log_model(cnn, model.to_litert(cnn), POINT, example)
+        return tracking.log_model(cnn, model.to_litert(cnn), "none", POINT, SCOPE, PICTURE)
 
 
 def test_one_logged_model_carries_both_flavours_that_agree(logged, cnn):
@@ -41,6 +45,8 @@ def test_one_logged_model_carries_both_flavours_that_agree(logged, cnn):
         served = Classifier.load(folder)
     assert served.image_size == SIZE
     assert served.point == POINT
+    pixels = pictures[..., 0].astype("f")
+    assert served.scope.reasons(pixels) == SCOPE.reasons(pixels) != [""] * 5
     np.testing.assert_allclose(served.probabilities(pictures), expected[:, 0], atol=1e-5)
     loaded = mlflow.tensorflow.load_model(logged)
     np.testing.assert_allclose(loaded.predict(pictures.astype("f"), verbose=0), expected, atol=1e-5)
@@ -51,8 +57,10 @@ def test_logged_model_has_signature_example_requirements_and_class_names(logged)
         described = yaml.safe_load((folder / "MLmodel").read_text())
         needed = (folder / "requirements.txt").read_text()
         example = json.loads((folder / "serving_input_example.json").read_text())
-    assert '"shape": [-1, 32, 32, 1]' in described["signature"]["inputs"]
-    assert np.shape(example["inputs"]) == (1, 32, 32, 1)
+    (column,) = json.loads(described["signature"]["inputs"])
+    assert (column["name"], column["type"]) == ("picture", "binary")
+    (picture,) = example["dataframe_split"]["data"][0]
+    assert base64.b64decode(picture) == PICTURE
     assert "tensorflow==" in needed and "keras==" in needed
     assert described["flavors"]["litert"]["class_names"] == ["def_front", "ok_front"]
     assert described["flavors"]["litert"]["positive_class"] == "def_front"

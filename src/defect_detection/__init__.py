@@ -3,3 +3,7 @@
 
 class PipelineError(Exception):
     """Something that the user can mend; the message says what, where and how, in one line."""
+
+
+class StoreError(PipelineError):
+    """The tracking store cannot be reached, read or written."""

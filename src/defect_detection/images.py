@@ -12,6 +12,7 @@ from defect_detection import PipelineError
 SUFFIXES = (".jpeg", ".jpg", ".png")
 # Part of the cache's key: change it whenever `decode` gives other pixels.
 PREPROCESSING = "grey-bilinear-1"
+GLOW = np.array([255, 72, 0])  # colour of a heatmap
 
 
 class UnreadableImage(PipelineError):
@@ -77,3 +78,20 @@ def dimensions(path: Path) -> tuple[int, int]:
     """Return the width and height of a readable picture, in pixels, without decoding it."""
     with Image.open(path, formats=("JPEG", "PNG")) as image:
         return image.size
+
+
+def lay_over(picture: np.ndarray, evidence: np.ndarray, strength: float = 1.0) -> Image.Image:
+    """Lay evidence of a defect over a picture: the more there is, the stronger the colour.
+
+    Args:
+        picture: uint8 (height, width).
+        evidence: 0 or more, (h, w) of any size.
+        strength: of the colour where the most evidence is, in [0, 1]; 1 covers the picture.
+    """
+    height, width = picture.shape
+    smooth = Image.fromarray(evidence / max(evidence.max(), 1e-9)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    opacity = strength * np.clip(np.asarray(smooth), 0, 1)[..., np.newaxis]
+    grey = picture[..., np.newaxis].astype(float)
+    return Image.fromarray((grey * (1 - opacity) + GLOW * opacity).astype(np.uint8))

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import numpy as np
+
 # TensorFlow's C++ logs tell of missing GPUs and double registrations; errors raise in Python too.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -94,13 +96,23 @@ def _convolve(x: keras.KerasTensor, filters: int, number: int) -> keras.KerasTen
     return layers.ReLU()(x)
 
 
-def to_litert(model: keras.Model) -> bytes:
+def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
     """Convert to a LiteRT model of any batch size: input `images`, outputs probability and map.
 
     This is the route of `keras.Model.export(format="litert")`, written out since Keras for
     Python 3.10 does not have that format; only LiteRT's own operators, so that the runtime
     needs no TensorFlow.
+
+    Args:
+        model: as `build` makes it.
+        quantize: "none"; or what the weights are kept as, "float16" or "int8". With int8 the
+            convolutions also compute in it, with the range that each picture's values have: with
+            ranges that are fixed beforehand LiteRT 2.3 ends with a segmentation fault.
     """
+    if quantize != "int8":  # which would make the products of matrices in `_Enlarge` coarse
+        weights = model.get_weights()
+        model = keras.models.clone_model(model, clone_function=_quicker)
+        model.set_weights(weights)
     both = keras.Model(model.inputs, [model.output, model.get_layer(MAP).output])
 
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -112,7 +124,43 @@ def to_litert(model: keras.Model) -> bytes:
         signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
         archive.add_endpoint("serve", serve, input_signature=[signature])
         archive.write_out(folder, verbose=False)
-        return tf.lite.TFLiteConverter.from_saved_model(folder).convert()
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        if quantize != "none":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if quantize == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        return converter.convert()
+
+
+def _quicker(layer: keras.Layer) -> keras.Layer:
+    """Copy a layer, one that enlarges as one that LiteRT is quicker with."""
+    if isinstance(layer, layers.UpSampling2D):
+        return _Enlarge(layer.size[0], name=layer.name)
+    return layer.__class__.from_config(layer.get_config())
+
+
+class _Enlarge(layers.Layer):
+    """Enlarges as UpSampling2D does with bilinear interpolation, by products of matrices.
+
+    LiteRT resizes pixel by pixel: the whole model takes an eighth less time with this.
+    """
+
+    def __init__(self, factor: int, name: str):
+        super().__init__(name=name)
+        self.factor = factor
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Enlarge (n, height, width, 1) in height and width."""
+        _, height, width, _ = x.shape
+        columns = tf.linalg.matmul(tf.transpose(x[..., 0], (0, 2, 1)), self._weights_for(height))
+        rows = tf.linalg.matmul(tf.transpose(columns, (0, 2, 1)), self._weights_for(width))
+        return rows[..., tf.newaxis]
+
+    def _weights_for(self, side: int) -> tf.Tensor:
+        """Return what each of `side` pixels gives to each of the pixels between them."""
+        places = (np.arange(side * self.factor) + 0.5) / self.factor - 0.5
+        distances = np.abs(np.clip(places, 0, side - 1) - np.arange(side)[:, np.newaxis])
+        return tf.constant(np.maximum(1 - distances, 0), tf.float32)
 
 
 def rescale(model: keras.Model, scale: float) -> None:

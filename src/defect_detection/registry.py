@@ -32,12 +32,14 @@ class Version:
         number: of the version, from 1.
         acc: its test accuracy, in [0, 1].
         tags: what else is known of it, as MLflow keeps it.
+        source: where it was logged, which no two versions share.
     """
 
     name: str
     number: int
     acc: float
     tags: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def uri(self) -> str:
@@ -184,7 +186,8 @@ def behind_alias(name: str, alias: str) -> Version | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
-    return Version(name, int(found.version), float(found.tags.get("acc", "nan")), found.tags)
+    acc = float(found.tags.get("acc", "nan"))
+    return Version(name, int(found.version), acc, found.tags, found.source)
 
 
 def load_classifier(model_uri: str) -> Classifier:
@@ -203,7 +206,8 @@ def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
     Raises:
         PipelineError: it takes pictures of another size.
     """
-    import mlflow.tensorflow  # imports TensorFlow
+    import defect_detection.model  # noqa: F401, I001  quietens TensorFlow, which is imported here
+    import mlflow.tensorflow
 
     model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
     size = model.input_shape[1:3]

@@ -34,7 +34,6 @@ TEMPLATE = Path(__file__).with_name("report.html")
 MISTAKES_SHOWN = 12  # photographs of each kind
 MISTAKE_SIDE = 224  # pixels
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy", "pillow", "mlflow")
-GLOW = np.array([255, 72, 0])  # colour of a heatmap
 # Squares of a text and lines of a chart in the same colours.
 SQUARES = {
     "🟦": "#3b78c4",
@@ -54,6 +53,7 @@ class Evaluated:
         scores: at the threshold 0.5.
         errors: at the model's operating point, by picture.
         photograph_errors: the same by photograph, judged by the mean of its pictures.
+        unknown: pictures out of the model's scope, as inference would say.
         unseen: on the pictures whose photograph is not in training, at 0.5.
         leaked_share: of the pictures whose photograph is, in [0, 1].
         test_digest: of the test pictures.
@@ -65,6 +65,7 @@ class Evaluated:
     scores: Scores
     errors: Errors
     photograph_errors: Errors
+    unknown: Rate
     unseen: Unseen
     leaked_share: float
     test_digest: str
@@ -92,6 +93,7 @@ class Evaluated:
             "sent_to_a_person": str(self.errors.reviewed),
             "escapes_past_review": str(self.errors.escapes_past_review),
             "overkill_past_review": str(self.errors.overkill_past_review),
+            "called_unknown": str(self.unknown),
         }
 
 
@@ -244,21 +246,10 @@ def _mistakes(
                 review=bool(point.review(evaluated.probabilities[row])),
                 leaked=bool(split.leaked[row]),
                 picture=_data_uri(Image.fromarray(picture)),
-                heatmap=_data_uri(_glow(picture, evaluated.maps[row])),
+                heatmap=_data_uri(images.lay_over(picture, evaluated.maps[row])),
             )
         )
     return found
-
-
-def _glow(picture: np.ndarray, evidence: np.ndarray) -> Image.Image:
-    """Lay evidence over a grey picture, the more the stronger the colour; the most covers it."""
-    height, width = picture.shape
-    smooth = Image.fromarray(evidence / max(evidence.max(), 1e-9)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    opacity = np.clip(np.asarray(smooth), 0, 1)[..., np.newaxis]
-    grey = picture[..., np.newaxis].astype(float)
-    return Image.fromarray((grey * (1 - opacity) + GLOW * opacity).astype(np.uint8))
 
 
 def _data_uri(picture: Image.Image) -> str:

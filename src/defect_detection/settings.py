@@ -20,6 +20,7 @@ CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
 API_PORT = 5001  # where neither .env nor the environment says another, as with the next
 JOBS_PATH = ".jobs"
+QUANTIZE = ("none", "float16", "int8")  # what the served model's weights are kept as
 DEVICES = ("auto", "cpu", "gpu")  # what DEVICE may say
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class ModelParameters:
     patience: Count
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
+    quantize: Literal[QUANTIZE]
     sets: Annotated[list[HyperParameters], Field(min_length=1)]
 
     def __post_init__(self) -> None:

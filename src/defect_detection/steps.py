@@ -13,6 +13,7 @@ from defect_detection import (
     PipelineError,
     dataset,
     metrics,
+    parity,
     plots,
     promotion,
     registry,
@@ -22,9 +23,10 @@ from defect_detection import (
 )
 from defect_detection.audit import Split
 from defect_detection.classifier import Classifier
-from defect_detection.metrics import THRESHOLD, Comparison, Scores
+from defect_detection.metrics import THRESHOLD, Comparison, Rate, Scores
 from defect_detection.registry import Version
 from defect_detection.report import Evaluated, Registered
+from defect_detection.scope import Scope
 from defect_detection.settings import Decisions, MLflowNames, Schedule
 from defect_detection.tracking import BestModel
 
@@ -62,9 +64,11 @@ def fit(
     name: str,
     make_model: "Callable[[], keras.Model]",
     split: Split,
+    folder: Path,
     rows: Rows,
     schedule: Schedule,
     decisions: Decisions,
+    quantize: str,
     device: str,
     verbose: int,
     on_epoch: Callable[[int], None] = lambda epoch: None,
@@ -75,9 +79,11 @@ def fit(
         name: what the fit is called in tables and pictures.
         make_model: is called after the seed is set.
         split: its training pictures are taken.
+        folder: where they lie.
         rows: which of them to learn from and which to validate on.
         schedule: learning rate, batch size, epochs, patience, seed.
         decisions: what the threshold and the review band are chosen for.
+        quantize: what the served model's weights are kept as, of `settings.QUANTIZE`.
         device: "auto", "cpu" or "gpu"; which it was is logged as a tag.
         verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
         on_epoch: is called with the number of each epoch that has ended, from 1.
@@ -121,15 +127,17 @@ def fit(
         }
         | {f"best_{key}": value for key, value in result.best.items()}
     )
-    litert = to_litert(result.model)
+    litert = to_litert(result.model, quantize)
     held_back = Classifier(litert, data.images.shape[1:3]).probabilities(data.images[rows[1]])
     point = metrics.operating_point(
         data.labels[rows[1]], held_back, decisions.max_escape_rate, decisions.review_share
     )
     mlflow.log_params(
         {"max_escape_rate": decisions.max_escape_rate, "review_share": decisions.review_share}
+        | {"quantize": quantize}
     )
     mlflow.log_metrics(asdict(point))
+    example = (folder / data.paths[0]).read_bytes()
     curves = plots.learning_curves(name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
     return Fitted(
@@ -139,7 +147,9 @@ def fit(
         val_loss=result.best["val_loss"],
         seconds=result.seconds,
         run_id=mlflow.active_run().info.run_id,
-        model_uri=tracking.log_model(result.model, litert, point, data.images[:1]),
+        model_uri=tracking.log_model(
+            result.model, litert, quantize, point, Scope.of(data.images), example
+        ),
     )
 
 
@@ -239,6 +249,7 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
         "unseen_pictures": unseen.pictures,
         "unseen_photographs": unseen.photographs,
         "unseen_photographs_right": unseen.photographs_right,
+        "called_unknown": evaluated.unknown.count,
     }
     if unseen.pictures:
         low, high = unseen.bounds
@@ -268,6 +279,31 @@ def evaluate(classifier: Classifier, split: Split, folder: Path, prefix: str = "
     return evaluated
 
 
+def require_parity(
+    model_uri: str, classifier: Classifier, split: Split, evaluated: Evaluated
+) -> None:
+    """Compare what serves with the Keras model on all test pictures; log and print how near it is.
+
+    Raises:
+        PipelineError: it is not near enough.
+    """
+    keras = registry.load_keras(model_uri, classifier.image_size)
+    thresholds = (classifier.point.threshold, THRESHOLD)
+    found = parity.compare(keras, split.testing.images, evaluated.probabilities, thresholds)
+    mlflow.log_metrics(
+        {"parity_largest_difference": found.largest, "parity_verdicts_flipped": found.flipped}
+    )
+    print(f"LiteRT against Keras: {found}")
+    quantize = classifier.quantize
+    if not found.within(quantize):
+        raise PipelineError(
+            f"Not registered, since LiteRT does not judge as Keras does: {found}; with quantize: "
+            f"{quantize} {parity.TOLERANCES[quantize]:g} and no flip are allowed. "
+            + ("" if quantize == "none" else "Set quantize: none in src/config.yaml. ")
+            + "Train again"
+        )
+
+
 def judge(classifier: Classifier, pictures: np.ndarray, split: Split) -> Evaluated:
     """Score a model on the test pictures of `split`, given at the size that the model takes."""
     labels, photographs = split.testing.labels, split.testing_photographs
@@ -278,6 +314,7 @@ def judge(classifier: Classifier, pictures: np.ndarray, split: Split) -> Evaluat
         scores=metrics.score(labels, probabilities, THRESHOLD),
         errors=metrics.errors(labels, probabilities, classifier.point),
         photograph_errors=metrics.errors(*by_photograph, classifier.point),
+        unknown=Rate(sum(map(bool, classifier.outside(pictures))), len(pictures)),
         unseen=metrics.unseen(
             labels[unseen], probabilities[unseen], photographs[unseen], THRESHOLD
         ),
@@ -356,6 +393,9 @@ def evaluate_and_register(
 ) -> Version:
     """Score a model, register it, decide the alias and log the report.
 
+    Raises:
+        PipelineError: its LiteRT form does not judge as the Keras model does.
+
     Args:
         classifier: the model.
         trained: where it was logged, and its validation accuracy.
@@ -368,6 +408,7 @@ def evaluate_and_register(
         prefix: stands before the figures' names, for a run that has training figures too.
     """
     evaluated = evaluate(classifier, split, folder, prefix)
+    require_parity(trained.model_uri, classifier, split, evaluated)
     champions = Champions(split, folder, cache)
     registered = register(trained, evaluated, names, decisions.promotion, champions, by)
     publish(classifier, split, folder, evaluated, registered, decisions.max_escape_rate)

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 # Before MLflow is imported, which reads them then.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a plant's network has no way out
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -32,16 +30,18 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-from defect_detection import PipelineError  # noqa: E402
-from defect_detection.classifier import FLAVOUR, MODEL_FILE  # noqa: E402
+from defect_detection import PipelineError, StoreError, pyfunc  # noqa: E402
+from defect_detection.classifier import FLAVOUR, MODEL_FILE, SCOPE_FILE  # noqa: E402
 from defect_detection.dataset import CLASSES, POSITIVE, Dataset  # noqa: E402
 from defect_detection.files import replacing, require_writable  # noqa: E402
 from defect_detection.metrics import OperatingPoint  # noqa: E402
+from defect_detection.scope import Scope  # noqa: E402
 
 if TYPE_CHECKING:
     import keras
 
 CONNECT_SECONDS = 10
+NEEDED = ("tensorflow", "keras", "numpy", *pyfunc.NEEDED)  # by a logged model
 TRAINING_TAG = "training"  # the same on the runs of one call of train.py
 
 
@@ -101,7 +101,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
     """Use the tracking store at `uri` inside the block; its errors come out in one line.
 
     Raises:
-        PipelineError: the store cannot be reached (within `seconds`), read or written.
+        StoreError: the store cannot be reached (within `seconds`), read or written.
     """
     if uri.startswith("file:"):
         # MLflow >= 3.13 refuses file stores unless told that they are meant.
@@ -112,7 +112,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
         yield
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
         message = f"MLflow at {_without_password(uri)}: {_first_line(error)}"
-        raise PipelineError(message) from error
+        raise StoreError(message) from error
 
 
 def _require_reachable(uri: str, seconds: float) -> None:
@@ -124,7 +124,7 @@ def _require_reachable(uri: str, seconds: float) -> None:
             pass  # it answers
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise PipelineError(
+            raise StoreError(
                 f"The tracking server {_without_password(uri)} does not answer ({reason}). Start "
                 f"it, or set MLFLOW_TRACKING_URI in .env"
             ) from error
@@ -134,7 +134,7 @@ def _require_reachable(uri: str, seconds: float) -> None:
         try:
             sqlalchemy.create_engine(uri).connect().close()
         except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-            raise PipelineError(
+            raise StoreError(
                 f"The database {_without_password(uri)} cannot be used ({_first_line(error)}). "
                 f"Start it, or set MLFLOW_TRACKING_URI in .env"
             ) from error
@@ -201,39 +201,44 @@ def log_dataset(data: Dataset, folder: Path, context: str) -> None:
 
 
 def log_model(
-    model: "keras.Model", litert: bytes, point: OperatingPoint, example: np.ndarray
+    model: "keras.Model",
+    litert: bytes,
+    quantize: str,
+    point: OperatingPoint,
+    scope: Scope,
+    example: bytes,
 ) -> str:
     """Log a Keras model with its LiteRT form as a second flavour of the same MLflow model.
+
+    `mlflow models serve` and `mlflow.pyfunc` run the LiteRT form, on encoded pictures (`pyfunc`);
+    `mlflow.tensorflow.load_model` gives the Keras model.
 
     Args:
         model: takes float32 (n, height, width, 1) in [0, 255], gives (n, 1).
         litert: the same model as `model.to_litert` gives it.
+        quantize: what its weights are kept as.
         point: how its probabilities are decided on.
-        example: uint8 (n, height, width, 1), kept as the input example.
+        scope: which pictures it judges.
+        example: a picture's bytes, kept as the input example.
 
     Returns:
         The URI of the logged model.
     """
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    kind, pixels = np.dtype(np.float32), model.input_shape[1:]
-    signature = ModelSignature(
-        Schema([TensorSpec(kind, (-1, *pixels))]), Schema([TensorSpec(kind, (-1, 1))])
-    )
-    # Without pip_requirements MLflow imports the model in a child process to find them: 8 to 10 s.
-    needed = ("tensorflow", "keras", "numpy")
-    with redirect_stdout(io.StringIO()):  # Keras draws a bar when MLflow tries the example
+    with redirect_stdout(io.StringIO()):
         logged = Model.log(
             None,
             SimpleNamespace(__name__=__name__, save_model=_save_model),
             name="model",
             model=model,
             litert=litert,
+            quantize=quantize,
             point=point,
-            signature=signature,
-            input_example=example.astype(np.float32),
-            pip_requirements=[f"{package}=={version(package)}" for package in needed],
+            scope=scope,
+            input_example=pyfunc.table([example]),
+            # Without these MLflow imports the model in a child process to find them: 8 to 10 s.
+            pip_requirements=[f"{package}=={version(package)}" for package in NEEDED],
         )
     return logged.model_uri
 
@@ -243,21 +248,28 @@ def _save_model(
     mlflow_model: Any,
     model: "keras.Model",
     litert: bytes,
+    quantize: str,
     point: OperatingPoint,
+    scope: Scope,
     **options: Any,
 ) -> None:
     import mlflow.tensorflow
 
-    mlflow.tensorflow.save_model(model, path, mlflow_model=mlflow_model, **options)
+    # False: else it asks for one of tensors, or finds one by running the example.
+    mlflow.tensorflow.save_model(model, path, mlflow_model=mlflow_model, signature=False, **options)
     (Path(path) / MODEL_FILE).write_bytes(litert)
+    scope.save(Path(path) / SCOPE_FILE)
     mlflow_model.add_flavor(
         FLAVOUR,
         data=MODEL_FILE,
         image_size=list(model.input_shape[1:3]),
         class_names=list(CLASSES),
         positive_class=POSITIVE,
+        quantize=quantize,
         operating_point=asdict(point),
+        scope=SCOPE_FILE,
     )
+    pyfunc.add(mlflow_model, Path(path))
     mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
