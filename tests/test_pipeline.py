@@ -112,11 +112,15 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
         (tmp_path / folder).mkdir()
         for number in range(10):
             draw_part(rng, defect).save(tmp_path / folder / f"{number}.png")
-    arguments = [tmp_path / "bad", "good", "--csv", "a.csv", "--json", "a.json"]
-    printed = trained.succeed("src/inference.py", *arguments, cwd=tmp_path).splitlines()
+    pictures = [tmp_path / "bad", "good"]
+    printed = trained.succeed("src/inference.py", *pictures, cwd=tmp_path).splitlines()
+    files = ["--csv", "a.csv", "--jsonl", "a.jsonl"]
+    said = trained.succeed("src/inference.py", *pictures, *files, cwd=tmp_path)
+    assert said.startswith("20 pictures judged: ")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "verdict", "probability", "review"]
+    assert list(rows[0]) == ["path", "verdict", "probability", "review", "reason", "model"]
+    assert {row["model"] for row in rows} == {"Production_Reg/1"}
     assert len(rows) == len(printed) == 20
     assert [row["path"] for row in rows[:1] + rows[10:11]] == [
         str(tmp_path / "bad" / "0.png"),
@@ -133,8 +137,10 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
         assert (row["review"] == "yes") == point.review(probability)
         assert line.split()[:2] == [row["path"], row["verdict"]]
         assert line.endswith("review") == (row["review"] == "yes")
-    listed = json.loads((tmp_path / "a.json").read_text())
-    assert [{k: str(v) for k, v in row.items()} for row in listed] == rows
+    listed = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row | {"probability": float(row["probability"])} for row in rows] == [
+        row | {"review": "yes" if row["review"] else "no"} for row in listed
+    ]
 
 
 def test_without_pictures_the_first_of_each_class_stand_in_for_missing_examples(trained, learnable):
@@ -150,13 +156,13 @@ def test_without_pictures_the_first_of_each_class_stand_in_for_missing_examples(
 def test_broken_pictures_are_named_and_the_others_judged(trained, tmp_path, learnable):
     good = sorted((learnable / "test" / "ok_front").iterdir())
     (tmp_path / "empty.jpeg").write_bytes(b"")
-    done = trained.run("src/inference.py", tmp_path / "empty.jpeg", *good, *good[:5])
-    assert done.returncode == 0
-    assert f"{tmp_path / 'empty.jpeg'} is empty (0 bytes): skipped" in done.stderr
-    assert len(done.stdout.splitlines()) == len(good) + 5
-    last = trained.fail("src/inference.py", tmp_path / "empty.jpeg", good[0])
-    assert "1 of 2 cannot be read, more than 5%" in last
-    assert "does not exist" in trained.fail("src/inference.py", tmp_path / "gone.jpeg")
+    done = trained.run("src/inference.py", tmp_path / "empty.jpeg", *good, tmp_path / "gone.jpeg")
+    assert done.returncode == 1
+    first, *between, last = done.stdout.splitlines()
+    assert first == f"{tmp_path / 'empty.jpeg'}  error  review  is empty (0 bytes)"
+    assert len(between) == len(good) and not any("error" in line for line in between)
+    assert last == f"{tmp_path / 'gone.jpeg'}  error  review  does not exist"
+    assert done.stderr.splitlines()[-1].startswith("error: 2 of 22 pictures cannot be read. ")
 
 
 def test_worse_model_goes_to_testing_and_the_alias_stays(trained, learnable, tmp_path):

@@ -17,6 +17,7 @@ def parser(docstring: str, example: str, data: bool = True) -> argparse.Argument
         description=docstring,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     if data:
         made.add_argument(
