@@ -34,6 +34,7 @@ bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
 	$(PYTHON) tests/benchmarks/tracking_cost.py
 	$(PYTHON) tests/benchmarks/evaluation_cost.py
+	$(PYTHON) tests/benchmarks/inference_speed.py
 	$(PYTHON) tests/benchmarks/generalisation.py
 
 .venv/.installed: requirements.txt .ci/setup
