@@ -90,9 +90,8 @@ class Classifier:
         self.quantize = quantize
         self._model = model
         self._threads = threads or os.cpu_count()
-        self._idle: list[_Interpreter] = []
         self._making = threading.Lock()
-        self._idle.append(self._make())
+        self._idle = [self._make()]
 
     @classmethod
     def load(cls, folder: Path, threads: int | None = None) -> "Classifier":

@@ -256,11 +256,7 @@ def example_pictures(
 
 def list_pictures(folder: Path) -> list[Path]:
     """Return the pictures right in `folder`, sorted by name; hidden files are left out."""
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in images.SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
+    return sorted(p for p in folder.iterdir() if images.is_picture(p.name) and p.is_file())
 
 
 def refuse_many_skipped(skipped: Skipped, total: int, where: str) -> None:

@@ -19,6 +19,11 @@ class UnreadableImage(PipelineError):
     """A picture that cannot be decoded; the message says why."""
 
 
+def is_picture(name: str) -> bool:
+    """Say of a file's name whether it is taken for a picture; hidden files are not."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
 def decode(source: Path | bytes, size: tuple[int, int]) -> np.ndarray:
     """Decode a JPEG or PNG picture to grey and resize it.
 

@@ -17,10 +17,14 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from defect_detection import PipelineError, StoreError, script, settings
 from defect_detection.files import replacing
 from defect_detection.settings import Config
+
+if TYPE_CHECKING:
+    from defect_detection.registry import Version
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +183,7 @@ def _last(store: str, name: str, cache: Path) -> Path:
     return cache / "models" / f"prod-{_short(store)}-{name}.json"
 
 
-def _folder(version: "registry.Version", cache: Path) -> Path:  # noqa: F821
+def _folder(version: "Version", cache: Path) -> Path:
     # Other stores count from 1 as well: where a version was logged is its own.
     name = f"{version.name}-{version.number}-{_short(version.source)}"
     return cache / "models" / name
@@ -189,7 +193,7 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _fetch(version: "registry.Version", folder: Path) -> None:  # noqa: F821
+def _fetch(version: "Version", folder: Path) -> None:
     from defect_detection import tracking
 
     folder.parent.mkdir(parents=True, exist_ok=True)

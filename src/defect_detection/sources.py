@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from defect_detection import PipelineError
-from defect_detection.images import SUFFIXES
+from defect_detection.images import SUFFIXES, is_picture
 
 GIVE_UP = 10  # seconds without a change after which a picture that cannot be decoded is broken
 
@@ -34,7 +34,7 @@ def _of(name: str) -> Iterator[str]:
         yield from walk(name)
     elif glob.has_magic(name) and not os.path.lexists(name):
         for path in sorted(glob.iglob(name, recursive=True)):
-            if os.path.isfile(path) and path.lower().endswith(SUFFIXES):
+            if os.path.isfile(path) and is_picture(os.path.basename(path)):
                 yield path
     else:
         yield name
@@ -46,7 +46,7 @@ def walk(folder: str) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files.sort()
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if is_picture(name):
                 yield os.path.join(here, name)
 
 

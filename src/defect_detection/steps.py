@@ -393,9 +393,6 @@ def evaluate_and_register(
 ) -> Version:
     """Score a model, register it, decide the alias and log the report.
 
-    Raises:
-        PipelineError: its LiteRT form does not judge as the Keras model does.
-
     Args:
         classifier: the model.
         trained: where it was logged, and its validation accuracy.
@@ -406,6 +403,9 @@ def evaluate_and_register(
         decisions: what the plant asks for.
         by: whose doing it is.
         prefix: stands before the figures' names, for a run that has training figures too.
+
+    Raises:
+        PipelineError: its LiteRT form does not judge as the Keras model does.
     """
     evaluated = evaluate(classifier, split, folder, prefix)
     require_parity(trained.model_uri, classifier, split, evaluated)
