@@ -166,6 +166,15 @@ def test_what_is_wrong_is_one_line(line, arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_reader_that_has_seen_enough_ends_it_without_a_word(line, pictures):
+    command = [sys.executable, line.root / SCRIPT, "--model", line.root / "model", pictures]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(20) == 141
+
+
 def test_resume_skips_what_the_file_holds(line, pictures):
     file = pictures / "rows.jsonl"
     infer(line, pictures, "--jsonl", file)

@@ -92,3 +92,11 @@ def test_yes_and_no_in_csv_and_truth_in_json(tmp_path):
     ]
     second = json.loads((tmp_path / "JsonLines").read_text().splitlines()[1])
     assert (second["probability"], second["review"]) == (None, True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
+@pytest.mark.parametrize("kind", [Csv, JsonLines])
+def test_full_disk_is_one_line(kind):
+    with pytest.raises(PipelineError, match="/dev/full: cannot be written .No space left"):
+        with kind(Path("/dev/full"), resume=False) as rows:
+            rows.add([row("a.png")])

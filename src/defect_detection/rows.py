@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -68,8 +69,9 @@ class RowFile:
                 with path.open("rb") as file:
                     kept = self._read(file, path)
             self._file = path.open("r+b" if kept else "wb")
-            self._file.truncate(kept)
-            self._file.seek(kept)
+            if kept:
+                self._file.truncate(kept)
+                self._file.seek(kept)
         except OSError as error:
             raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
         self._path = path
@@ -103,6 +105,8 @@ class RowFile:
             self._file.write(text.encode("utf-8", "surrogateescape"))
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):  # else whoever closes it tries to write the same again
+                self._file.close()
             raise PipelineError(f"{self._path}: cannot be written ({error.strerror})") from error
 
     def _read(self, file: Iterable[bytes], path: Path) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,9 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except PipelineError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+        sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
