@@ -154,6 +154,15 @@ def test_heatmap_is_strongest_where_the_evidence_is():
     assert (glowing[40:, :30] == 100).all()
 
 
+def test_evidence_beyond_all_bounds_glows_like_the_most():
+    evidence = np.zeros((8, 8), np.float32)
+    evidence[1, 6] = np.inf
+    endless = np.asarray(images.lay_over(np.full((64, 64), 100, np.uint8), evidence))
+    evidence[1, 6] = 88
+    most = np.asarray(images.lay_over(np.full((64, 64), 100, np.uint8), evidence))
+    np.testing.assert_array_equal(endless, most)
+
+
 class References(HTMLParser):
     """Collects what a page refers to."""
 

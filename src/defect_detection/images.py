@@ -13,6 +13,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 # Part of the cache's key: change it whenever `decode` gives other pixels.
 PREPROCESSING = "grey-bilinear-1"
 GLOW = np.array([255, 72, 0])  # colour of a heatmap
+MOST_EVIDENCE = 88.0  # LiteRT's softplus gives infinity soon after
 
 
 class UnreadableImage(PipelineError):
@@ -94,6 +95,7 @@ def lay_over(picture: np.ndarray, evidence: np.ndarray, strength: float = 1.0) -
         strength: of the colour where the most evidence is, in [0, 1]; 1 covers the picture.
     """
     height, width = picture.shape
+    evidence = np.minimum(evidence, MOST_EVIDENCE)
     smooth = Image.fromarray(evidence / max(evidence.max(), 1e-9)).resize(
         (width, height), Image.Resampling.BICUBIC
     )
