@@ -64,7 +64,6 @@ def main() -> None:
         start, source = choose_start(own.mlflow)
         print(f"Starting from {source}", flush=True)
         shared = config.model_parameters
-        rows = split.hold_back(shared.validation_share, shared.seed)
         with mlflow.start_run(experiment_id=experiment, run_name="re-train") as run:
             mlflow.set_tag("started_from", source)
             if start is None:
@@ -76,20 +75,18 @@ def main() -> None:
                 partial(make_model, start, parameters.image_size, shared.sets[0]),
                 split,
                 folder,
-                rows,
+                shared.sampling(cache),
                 Schedule(
                     parameters.learning_rate,
                     shared.sets[0].weight_decay,
                     parameters.batch_size,
                     parameters.epochs,
-                    shared.epoch_pictures,
-                    shared.patience,
+                    shared.validation_share,
                     shared.seed,
                 ),
                 config.decisions,
                 shared.quantize,
                 settings.device(env),
-                verbose=2,
                 on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
             )
             classifier = registry.load_classifier(fitted.model_uri)

@@ -6,7 +6,6 @@ data/train is written to best_model.json, from where src/evaluation.py takes it.
 With --folds no model is kept: each set is cross-validated on data/train, by photograph.
 """
 
-import sys
 from argparse import ArgumentTypeError
 from datetime import datetime, timezone
 from functools import partial
@@ -43,9 +42,7 @@ def main() -> None:
         split = audit.load(folder, config.model_parameters.image_size, cache)
         print(f"{folder / 'train'}: {split.training.counts}\n{split.leakage}", flush=True)
         if options.folds:
-            validated = validate_sets(
-                config.model_parameters, options.folds, split, folder, experiment, device
-            )
+            validated = validate_sets(config, options.folds, split, folder, experiment, device)
             print(folds_table(validated, options.folds))
             return
         fitted = fit_sets(config, split, folder, experiment, device)
@@ -64,7 +61,6 @@ def fit_sets(
 ) -> list[Fitted]:
     """Fit and log each set in a run of its own, all on the same pictures."""
     parameters = config.model_parameters
-    rows = split.hold_back(parameters.validation_share, parameters.seed)
     fitted, training = [], {tracking.TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     for number, hyper in enumerate(parameters.sets, start=1):
         print(f"\nSet {number} of {len(parameters.sets)}: {hyper.name}", flush=True)
@@ -77,19 +73,18 @@ def fit_sets(
                 partial(build, parameters, hyper),
                 split,
                 folder,
-                rows,
+                parameters.sampling(settings.from_root(config.paths.cache)),
                 parameters.schedule(hyper),
                 config.decisions,
                 parameters.quantize,
                 device,
-                verbose=1 if sys.stdout.isatty() else 2,
             )
             fitted.append(one)
     return fitted
 
 
 def validate_sets(
-    parameters: ModelParameters,
+    config: Config,
     folds: int,
     split: Split,
     folder: Path,
@@ -97,7 +92,7 @@ def validate_sets(
     device: str,
 ) -> list[CrossValidated]:
     """Cross-validate and log each set in a run of its own, all on the same folds."""
-    validated = []
+    parameters, validated = config.model_parameters, []
     for number, hyper in enumerate(parameters.sets, start=1):
         print(f"\nSet {number} of {len(parameters.sets)}: {hyper.name}", flush=True)
         name = f"{hyper.name} {folds} folds"
@@ -109,8 +104,8 @@ def validate_sets(
                 partial(build, parameters, hyper),
                 split,
                 folds,
+                parameters.sampling(settings.from_root(config.paths.cache)),
                 parameters.schedule(hyper),
-                parameters.validation_share,
                 device,
             )
             validated.append(one)

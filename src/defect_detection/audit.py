@@ -31,12 +31,6 @@ class Split:
         """Which test pictures show a photograph that is also in training: bool (n,)."""
         return np.isin(self.testing_photographs, self.training_photographs)
 
-    def hold_back(self, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hold training pictures back for validation, as `dataset.split_validation` does."""
-        return dataset.split_validation(
-            self.training.labels, self.training_photographs, share, seed
-        )
-
     @property
     def leaked_share(self) -> float:
         """Share of the test pictures that are leaked, in [0, 1]."""

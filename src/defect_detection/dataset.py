@@ -178,6 +178,33 @@ def split_validation(
     )
 
 
+def validation_parts(
+    labels: np.ndarray, photographs: np.ndarray, share: float, seed: int
+) -> list[np.ndarray]:
+    """Divide pictures into parts to hold back in turn, whole photographs only.
+
+    Args:
+        labels: (n,), 1 = defect.
+        photographs: (n,) number of the photograph that each picture was made from.
+        share: of the pictures in a part, in (0, 1); larger if there are few photographs.
+        seed: which photographs go together.
+
+    Returns:
+        Sorted indices of each part; together they are all pictures.
+
+    Raises:
+        PipelineError: a class has too few photographs to have one on each side.
+    """
+    for count in range(max(2, round(1 / share)), 1, -1):
+        made = _group_folds(labels, photographs, count, seed)
+        if made and all(set(labels[side]) == {0, 1} for rows in made for side in rows):
+            return [held_back for _, held_back in made]
+    raise PipelineError(
+        f"Too few photographs to hold {share:.0%} of the pictures back: "
+        f"{_photographs_of_each(labels, photographs)}"
+    )
+
+
 def folds(
     labels: np.ndarray, photographs: np.ndarray, count: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -442,6 +442,11 @@ def _log_odds(probabilities: np.ndarray | float) -> np.ndarray | float:
     return np.log(safe) - np.log1p(-safe)
 
 
+def sharpened(probabilities: np.ndarray, by: float) -> np.ndarray:
+    """Return probabilities, float32, whose log-odds are `by` times as large."""
+    return (1 / (1 + np.exp(-by * _log_odds(probabilities)))).astype(np.float32)
+
+
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
     """Return the expected calibration error, in [0, 1].
 

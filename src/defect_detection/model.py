@@ -13,13 +13,16 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-from defect_detection import PipelineError, native_output  # noqa: E402
+from defect_detection import native_output, pretrained  # noqa: E402
 from defect_detection.classifier import MAP, PROBABILITY  # noqa: E402
 from defect_detection.settings import HyperParameters  # noqa: E402
 
-# Sides of the squares, in pixels, that the mean and the deviation of a place are taken over: what
-# is wider than the first (a shadow) is removed, what is weak beside the second (grain) stays weak.
-MEAN_OVER, DEVIATION_OVER = 8, 32
+FEATURES = "features"  # the layer that ends what keeps its pretrained weights
+STANDARDISED = "standardised"
+
+# What the blocks see at the least: pictures whose shorter side has fewer pixels are enlarged.
+SHORTER_SIDE = 256
+FINE, COARSE = 4, 7  # blocks whose outputs are features: the last with stride 8, one with 16
 
 # Of the mean that makes one figure of all evidence: 1 would let a shade over the whole part count
 # as much as a hole, infinity would learn from a single place of each picture.
@@ -27,73 +30,151 @@ POWER = 4
 
 
 def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
-    """Build the CNN, not compiled.
+    """Build the CNN with pretrained weights, not compiled.
 
     It takes grey pictures as floats in [0, 255], shape (n, height, width, 1), and gives the
-    probability of a defect, shape (n, 1). Its layer `defect_map` gives the evidence of a defect
-    at each place, shape (n, height / 4, width / 4, 1), 0 or more; the probability is a sigmoid of
-    its power mean. There is no evidence against a defect: a good part is one without any, also
-    one that looks like none in training. Few layers, so that a place is judged by its
-    neighbourhood (25 pixels wide with four, 17 with three) and not by the part that it is on.
-    The first two convolutions have stride 2, the others 1. What else was tried stands in
-    docs/model-notes.md.
+    probability of a defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0
+    keep their weights; they make the layer `features`, one place for 16 x 16 pixels of the enlarged
+    picture, with two views the mean of the picture's and of its copy's that is turned by 180
+    degrees. `hyper.tuned_blocks` more, if any, are fitted. The layer `defect_map` gives the
+    evidence of a defect at each place, 0 or more, from a linear combination of the features there;
+    the probability is a sigmoid of its power mean. There is no evidence against a defect: a good
+    part is one without any, also one that looks like none in training.
 
     Raises:
-        PipelineError: the pictures' sides are no multiples of 32.
+        PipelineError: the package with the pretrained weights is not installed.
     """
-    if any(side % DEVIATION_OVER for side in image_size):
-        raise PipelineError(
-            f"image_size is {list(image_size)}: both must be multiples of {DEVIATION_OVER}"
-        )
     inputs = keras.Input((*image_size, 1), name="images")
-    x = _normalise_contrast(layers.Rescaling(1 / 255)(inputs))
-    for number, filters in enumerate(hyper.filters):
-        x = _convolve(x, filters, number)
-    x = layers.SpatialDropout2D(hyper.dropout)(x)
-    bias = keras.initializers.Constant(-1.0)  # little evidence to begin with
-    x = layers.Conv2D(1, 1, activation="softplus", bias_initializer=bias, name=MAP)(x)
+    enlarged = _enlarge(inputs)
+    pretrained_blocks = _pretrained(enlarged.shape[1:], hyper.blocks)
+    features = pretrained_blocks(enlarged)
+    if hyper.views == 2:
+        turned = ops.flip(pretrained_blocks(ops.flip(enlarged, (1, 2))), (1, 2))
+        features = layers.Average(name=FEATURES)([features, turned])
+    else:
+        features = layers.Identity(name=FEATURES)(features)
+    x = features
+    if hyper.tuned_blocks:
+        tuned = features[..., -pretrained.BLOCKS[hyper.blocks - 1][-1] :]
+        for number in range(hyper.blocks, hyper.blocks + hyper.tuned_blocks):
+            tuned = _block(tuned, number)
+        x = layers.Concatenate()([features, tuned])
+    model = keras.Model(inputs, _judge(x, 1), name="defect_cnn")
+    model.get_layer(STANDARDISED).trainable = False
+    _load_weights(model)
+    return model
+
+
+def has_features(model: keras.Model) -> bool:
+    """Say whether a model has pretrained layers; versions from before them do not."""
+    return any(layer.name == FEATURES for layer in model.layers)
+
+
+def frozen(model: keras.Model) -> keras.Model:
+    """Return the layers that keep their weights: pictures in, features out."""
+    return keras.Model(model.inputs, model.get_layer(FEATURES).output)
+
+
+def fitted(model: keras.Model) -> keras.Model:
+    """Return the layers that are fitted, features in; of a model without features, the whole."""
+    if not has_features(model):
+        return model
+    return keras.Model(model.get_layer(FEATURES).output, model.output)
+
+
+def several(model: keras.Model, count: int) -> keras.Model:
+    """Return `fitted(model)` `count` times side by side: (n, count); it may tune no block."""
+    inputs = keras.Input(model.get_layer(FEATURES).output.shape[1:])
+    made = keras.Model(inputs, _judge(inputs, count))
+    for name in (STANDARDISED, MAP, PROBABILITY):
+        weights = model.get_layer(name).get_weights()
+        repeat = 1 if name == STANDARDISED else count
+        made.get_layer(name).set_weights([np.repeat(one, repeat, axis=-1) for one in weights])
+    return made
+
+
+def _enlarge(x: keras.KerasTensor) -> keras.KerasTensor:
+    _, height, width, _ = x.shape
+    factor = SHORTER_SIDE / min(height, width)
+    if factor <= 1:
+        return x
+    return layers.Resizing(round(height * factor), round(width * factor), "bilinear")(x)
+
+
+def _pretrained(shape: tuple[int, int, int], count: int) -> keras.Model:
+    """Build the stem and `count` blocks of EfficientNet-Lite0, which are not fitted.
+
+    Batch normalisation is folded into the convolutions: the same function, and quicker.
+
+    Returns:
+        A model that gives features, (n, places, places, channels).
+    """
+    inputs = keras.Input(shape)
+    x = layers.Rescaling(1 / 128, -127 / 128)(inputs)
+    x = layers.Conv2D(pretrained.STEM, 3, 2, padding="same", name="stem")(x)
+    x = layers.ReLU(6)(x)
+    outputs = []
+    for number in range(count):
+        x = _block(x, number)
+        outputs.append(x)
+    # Of four places the strongest: a nick is smaller than the coarser grid.
+    parts = [layers.MaxPooling2D(2, padding="same")(outputs[FINE])]
+    parts += [outputs[number] for number in sorted({COARSE, count - 1})]
+    made = keras.Model(inputs, layers.Concatenate()(parts), name="pretrained")
+    _load_weights(made)
+    made.trainable = False
+    return made
+
+
+def _load_weights(model: keras.Model) -> None:
+    """Put the pretrained weights into the layers that have their names."""
+    saved = pretrained.weights()
+    for layer in model.layers:
+        if layer.name in saved:
+            kernel, bias = saved[layer.name]
+            # The grey picture stands for red, green and blue.
+            grey = layer.name == "stem"
+            layer.set_weights([kernel.sum(2, keepdims=True) if grey else kernel, bias])
+
+
+def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
+    """Append one inverted residual block: expand, convolve each channel, project."""
+    side, stride, expansion, filters = pretrained.BLOCKS[number]
+    before, name = x, f"block{number}"
+    if expansion > 1:
+        x = layers.Conv2D(expansion * x.shape[-1], 1, name=f"{name}_expand")(x)
+        x = layers.ReLU(6)(x)
+    x = layers.DepthwiseConv2D(side, stride, padding="same", name=f"{name}_depthwise")(x)
+    x = layers.ReLU(6)(x)
+    x = layers.Conv2D(filters, 1, name=f"{name}_project")(x)
+    if stride == 1 and before.shape[-1] == filters:
+        x = layers.Add(name=f"{name}_add")([before, x])
+    return x
+
+
+def _judge(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
+    """Append what makes `count` probabilities of features, each from a map of its own."""
+    # Like batch normalisation without parameters, but of the training pictures as a whole.
+    x = layers.BatchNormalization(center=False, scale=False, name=STANDARDISED)(x)
+    x = layers.Conv2D(
+        count,
+        1,
+        activation="softplus",
+        kernel_initializer="zeros",
+        bias_initializer=keras.initializers.Constant(-1.0),  # little evidence to begin with
+        name=MAP,
+    )(x)
     # Softplus is never 0, but in float32 it can be, where a root has no gradient.
     powers = layers.GlobalAveragePooling2D()(ops.power(x + 1e-3, POWER))
-    evidence = ops.power(powers, 1 / POWER)
-    outputs = layers.Dense(
-        1,
+    return layers.EinsumDense(
+        "nk,k->nk",
+        count,
+        bias_axes="k",
         activation="sigmoid",
         kernel_initializer=keras.initializers.Constant(2.0),
         bias_initializer=keras.initializers.Constant(-3.0),
         name=PROBABILITY,
-    )(evidence)
-    return keras.Model(inputs, outputs, name="defect_cnn")
-
-
-def _normalise_contrast(x: keras.KerasTensor) -> keras.KerasTensor:
-    """Subtract the local mean and divide by the local deviation: uneven light goes away.
-
-    Both are taken on a coarse grid and interpolated, which costs a tenth of a moving window.
-    """
-
-    def local_mean(y: keras.KerasTensor, side: int) -> keras.KerasTensor:
-        coarse = layers.AveragePooling2D(side)(y)
-        return layers.UpSampling2D(side, interpolation="bilinear")(coarse)
-
-    difference = layers.Subtract()([x, local_mean(x, MEAN_OVER)])
-    variance = local_mean(ops.square(difference), DEVIATION_OVER)
-    return difference * ops.rsqrt(variance + 1e-3)  # a deviation of 8 grey levels counts as noise
-
-
-def _convolve(x: keras.KerasTensor, filters: int, number: int) -> keras.KerasTensor:
-    first = number == 0
-    x = layers.Conv2D(
-        filters,
-        5 if first else 3,
-        2 if number < 2 else 1,
-        padding="same",
-        use_bias=first,
-        kernel_initializer="he_normal",
-    )(x)
-    if not first:  # there it would take two thirds of the time, and what comes in is normalised
-        # 0.9, since Keras's 0.99 needs more steps than a few hundred pictures give.
-        x = layers.BatchNormalization(momentum=0.9)(x)
-    return layers.ReLU()(x)
+    )(ops.power(powers, 1 / POWER))
 
 
 def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
@@ -109,10 +190,6 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
             convolutions also compute in it, with the range that each picture's values have: with
             ranges that are fixed beforehand LiteRT 2.3 ends with a segmentation fault.
     """
-    if quantize != "int8":  # which would make the products of matrices in `_Enlarge` coarse
-        weights = model.get_weights()
-        model = keras.models.clone_model(model, clone_function=_quicker)
-        model.set_weights(weights)
     both = keras.Model(model.inputs, [model.output, model.get_layer(MAP).output])
 
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -130,37 +207,6 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
         if quantize == "float16":
             converter.target_spec.supported_types = [tf.float16]
         return converter.convert()
-
-
-def _quicker(layer: keras.Layer) -> keras.Layer:
-    """Copy a layer, one that enlarges as one that LiteRT is quicker with."""
-    if isinstance(layer, layers.UpSampling2D):
-        return _Enlarge(layer.size[0], name=layer.name)
-    return layer.__class__.from_config(layer.get_config())
-
-
-class _Enlarge(layers.Layer):
-    """Enlarges as UpSampling2D does with bilinear interpolation, by products of matrices.
-
-    LiteRT resizes pixel by pixel: the whole model takes an eighth less time with this.
-    """
-
-    def __init__(self, factor: int, name: str):
-        super().__init__(name=name)
-        self.factor = factor
-
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Enlarge (n, height, width, 1) in height and width."""
-        _, height, width, _ = x.shape
-        columns = tf.linalg.matmul(tf.transpose(x[..., 0], (0, 2, 1)), self._weights_for(height))
-        rows = tf.linalg.matmul(tf.transpose(columns, (0, 2, 1)), self._weights_for(width))
-        return rows[..., tf.newaxis]
-
-    def _weights_for(self, side: int) -> tf.Tensor:
-        """Return what each of `side` pixels gives to each of the pixels between them."""
-        places = (np.arange(side * self.factor) + 0.5) / self.factor - 0.5
-        distances = np.abs(np.clip(places, 0, side - 1) - np.arange(side)[:, np.newaxis])
-        return tf.constant(np.maximum(1 - distances, 0), tf.float32)
 
 
 def rescale(model: keras.Model, scale: float) -> None:

@@ -48,18 +48,36 @@ class Paths:
 
 @dataclass(frozen=True, config=_STRICT)
 class HyperParameters:
-    """One set that `train.py` fits: the layers of the CNN and how it learns."""
+    """One set that `train.py` fits: the layers of the CNN and how it learns.
+
+    Attributes:
+        name: of the set.
+        blocks: pretrained blocks that keep their weights; fewer are quicker and see less.
+        tuned_blocks: pretrained blocks after those that are fitted too.
+        views: 2 looks at each picture also turned by 180 degrees, at twice the time.
+        learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
+        weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
+        batch_size: pictures in a step.
+        epochs: how often each variant is seen.
+    """
 
     name: Name
-    filters: Annotated[list[Count], Field(min_length=1)]
-    dropout: Share
+    blocks: Annotated[int, Field(ge=8, le=11)]
+    tuned_blocks: Annotated[int, Field(ge=0, le=3)]
+    views: Annotated[int, Field(ge=1, le=2)]
     learning_rate: Rate
     weight_decay: WeightDecay
     batch_size: BatchSize
+    epochs: Epochs
+
+    def __post_init__(self) -> None:
+        """Refuse more blocks than there are."""
+        if self.blocks + self.tuned_blocks > 11:
+            raise ValueError("blocks and tuned_blocks are more than 11 together")
 
     def layers(self) -> dict[str, object]:
         """Return what describes the CNN itself."""
-        return {"filters": self.filters, "dropout": self.dropout}
+        return {"blocks": self.blocks, "tuned_blocks": self.tuned_blocks, "views": self.views}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -70,9 +88,8 @@ class Schedule:
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: pictures in a step.
-        epochs: the most epochs.
-        epoch_pictures: the fewest pictures that an epoch draws, however few there are.
-        patience: epochs without a better one before the fit ends.
+        epochs: how often each variant is seen.
+        validation_share: of the photographs that each fit is held back from.
         seed: of everything random.
     """
 
@@ -80,9 +97,23 @@ class Schedule:
     weight_decay: WeightDecay
     batch_size: BatchSize
     epochs: Epochs
-    epoch_pictures: Count
-    patience: Count
+    validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Sampling:
+    """Which variants of the training pictures a model is fitted to.
+
+    Attributes:
+        variants: how many, each photograph of a class as often as the others.
+        seed: which.
+        cache: absolute path of the folder that keeps what pretrained layers make of them.
+    """
+
+    variants: Annotated[int, Field(ge=10)]
+    seed: Annotated[int, Field(ge=0)]
+    cache: Path
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -90,9 +121,7 @@ class ModelParameters:
     """What all sets share. `image_size` is height and width in pixels."""
 
     image_size: ImageSize
-    epochs: Epochs
-    epoch_pictures: Count
-    patience: Count
+    variants: Annotated[int, Field(ge=10)]
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
     quantize: Literal[QUANTIZE]
@@ -106,15 +135,18 @@ class ModelParameters:
                 f"two sets are named {twice[0]!r}, expected a name of its own for each"
             )
 
+    def sampling(self, cache: Path) -> Sampling:
+        """Return what is drawn for all sets."""
+        return Sampling(self.variants, self.seed, cache)
+
     def schedule(self, hyper: HyperParameters) -> Schedule:
         """Return how one of the sets is fitted."""
         return Schedule(
             hyper.learning_rate,
             hyper.weight_decay,
             hyper.batch_size,
-            self.epochs,
-            self.epoch_pictures,
-            self.patience,
+            hyper.epochs,
+            self.validation_share,
             self.seed,
         )
 

@@ -27,7 +27,7 @@ from defect_detection.metrics import THRESHOLD, Comparison, Rate, Scores
 from defect_detection.registry import Version
 from defect_detection.report import Evaluated, Registered
 from defect_detection.scope import Scope
-from defect_detection.settings import Decisions, MLflowNames, Schedule
+from defect_detection.settings import Decisions, MLflowNames, Sampling, Schedule
 from defect_detection.tracking import BestModel
 
 if TYPE_CHECKING:
@@ -44,12 +44,10 @@ CROSS_VALIDATED = {
 
 log = logging.getLogger(__name__)
 
-Rows = tuple[np.ndarray, np.ndarray]  # indices of the training and of the validation pictures
-
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model that was fitted and logged; accuracy and loss are the best epoch's, on validation."""
+    """A model that was fitted and logged; accuracy and loss are of photographs held back."""
 
     name: str
     best_epoch: int
@@ -65,12 +63,11 @@ def fit(
     make_model: "Callable[[], keras.Model]",
     split: Split,
     folder: Path,
-    rows: Rows,
+    sampling: Sampling,
     schedule: Schedule,
     decisions: Decisions,
     quantize: str,
     device: str,
-    verbose: int,
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Fitted:
     """Make a model, fit it and log parameters, metrics per epoch, curves and the model.
@@ -80,45 +77,43 @@ def fit(
         make_model: is called after the seed is set.
         split: its training pictures are taken.
         folder: where they lie.
-        rows: which of them to learn from and which to validate on.
-        schedule: learning rate, batch size, epochs, patience, seed.
+        sampling: the variants that are drawn of them.
+        schedule: learning rate, batch size, epochs, share held back, seed.
         decisions: what the threshold and the review band are chosen for.
         quantize: what the served model's weights are kept as, of `settings.QUANTIZE`.
         device: "auto", "cpu" or "gpu"; which it was is logged as a tag.
-        verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
         on_epoch: is called with the number of each epoch that has ended, from 1.
 
     Raises:
         PipelineError: the fit diverged, or there is no GPU and `device` is "gpu".
     """
     # TensorFlow takes 4 s to import: not before the options, the data and the store are good.
-    from defect_detection import devices, training
+    from defect_detection import devices, features, training
     from defect_detection.model import to_litert
 
     data = split.training
 
     def log_epoch(epoch: int, values: dict[str, float]) -> None:
         mlflow.log_metrics(values, step=epoch)
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+        print(f"  epoch {epoch} of {schedule.epochs}: {shown}", flush=True)
         on_epoch(epoch)
 
     mlflow.log_params(
         asdict(schedule)
-        | {"image_size": list(data.images.shape[1:3])}
-        | {"training_pictures": len(rows[0]), "validation_pictures": len(rows[1])}
+        | {"image_size": list(data.images.shape[1:3]), "variants": sampling.variants}
     )
     with devices.chosen(device, make_model, data.images, data.labels) as chosen:
         mlflow.set_tags(chosen.tags())
         training.make_deterministic(schedule.seed)
-        result = training.fit(
-            make_model(),
-            data.images,
-            data.labels,
-            split.training_photographs,
-            *rows,
-            schedule,
-            on_epoch=log_epoch,
-            verbose=verbose,
-        )
+        model = make_model()
+        computed = features.compute(model, data, split.training_photographs, sampling)
+        result = training.fit(model, computed, schedule, log_epoch)
+    mlflow.log_params(
+        {"fits": result.fits, "validation_pictures": len(result.held_back.labels)}
+        | {"max_escape_rate": decisions.max_escape_rate, "review_share": decisions.review_share}
+        | {"quantize": quantize}
+    )
     mlflow.log_metrics(
         {
             "best_epoch": result.best_epoch,
@@ -128,13 +123,11 @@ def fit(
         | {f"best_{key}": value for key, value in result.best.items()}
     )
     litert = to_litert(result.model, quantize)
-    held_back = Classifier(litert, data.images.shape[1:3]).probabilities(data.images[rows[1]])
     point = metrics.operating_point(
-        data.labels[rows[1]], held_back, decisions.max_escape_rate, decisions.review_share
-    )
-    mlflow.log_params(
-        {"max_escape_rate": decisions.max_escape_rate, "review_share": decisions.review_share}
-        | {"quantize": quantize}
+        result.held_back.labels,
+        result.held_back.probabilities,
+        decisions.max_escape_rate,
+        decisions.review_share,
     )
     mlflow.log_metrics(asdict(point))
     example = (folder / data.paths[0]).read_bytes()
@@ -167,8 +160,8 @@ def cross_validate(
     make_model: "Callable[[], keras.Model]",
     split: Split,
     folds: int,
+    sampling: Sampling,
     schedule: Schedule,
-    validation_share: float,
     device: str,
 ) -> CrossValidated:
     """Fit a model for each fold of the training pictures, score it on the fold and log that.
@@ -179,29 +172,21 @@ def cross_validate(
     Raises:
         PipelineError: there are too few photographs, or a fit diverged.
     """
-    from defect_detection import devices, model, training  # TensorFlow, as in `fit`
+    from defect_detection import devices, features, model, training  # TensorFlow, as in `fit`
 
     data, photographs = split.training, split.training_photographs
-    mlflow.log_params(asdict(schedule) | {"image_size": list(data.images.shape[1:3])})
+    mlflow.log_params(
+        asdict(schedule)
+        | {"image_size": list(data.images.shape[1:3]), "variants": sampling.variants}
+    )
     found = CrossValidated(name, [], [])
     divided = dataset.folds(data.labels, photographs, folds, schedule.seed)
     with devices.chosen(device, make_model, data.images, data.labels) as chosen:
         mlflow.set_tags(chosen.tags())
+        computed = features.compute(make_model(), data, photographs, sampling)
         for number, (others, fold) in enumerate(divided, start=1):
-            learned, held_back = dataset.split_validation(
-                data.labels[others], photographs[others], validation_share, schedule.seed
-            )
             training.make_deterministic(schedule.seed)
-            fitted = training.fit(
-                make_model(),
-                data.images,
-                data.labels,
-                photographs,
-                others[learned],
-                others[held_back],
-                schedule,
-                verbose=0,
-            )
+            fitted = training.fit(make_model(), computed.among(others), schedule)
             classifier = Classifier(model.to_litert(fitted.model), data.images.shape[1:3])
             labels, probabilities = data.labels[fold], classifier.probabilities(data.images[fold])
             by_photograph = metrics.by_photograph(labels, probabilities, photographs[fold])

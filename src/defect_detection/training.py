@@ -1,20 +1,40 @@
-"""Fits a model; the best epoch is what remains."""
+"""Fits a model once for each part of the photographs that is held back; their mean remains."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from defect_detection import PipelineError, metrics
-from defect_detection.augmentation import GOOD, Augmentation
+from defect_detection import PipelineError, dataset, metrics
+from defect_detection import model as network
+from defect_detection.classifier import MAP, PROBABILITY
+from defect_detection.features import Features
 from defect_detection.model import keras, rescale, tf
 from defect_detection.settings import Schedule
 
-BATCH = 64  # of the pictures to validate on
+BATCH = 256  # of the pictures to validate on
+TUNING = 0.02  # learning rate of pretrained blocks, by that of what follows them
+MEASURED = 512  # variants that the mean and the deviation of the features are taken of
 
 Report = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Pictures as they are, each judged by the fit that saw nothing of its photograph.
+
+    Attributes:
+        labels: (n,), 1 = defect.
+        probabilities: float32 (n,) of a defect, calibrated.
+        photographs: (n,) number of the photograph that each was made from.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    photographs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -22,10 +42,13 @@ class TrainingResult:
     """A fitted model with the weights of its best epoch.
 
     Attributes:
-        model: the model, compiled.
+        model: the model.
         best_epoch: counted from 1; lowest validation loss.
-        history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`.
+        history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`; the validation loss
+            gives each photograph of a class the same weight.
         temperature: what the log-odds were divided by, so that they fit the held-back pictures.
+        held_back: what the fits say of the photographs that they did not see.
+        fits: how many there were.
         seconds: wall time of the fit.
     """
 
@@ -33,6 +56,8 @@ class TrainingResult:
     best_epoch: int
     history: dict[str, list[float]]
     temperature: float
+    held_back: HeldBack
+    fits: int
     seconds: float
 
     @property
@@ -42,93 +67,70 @@ class TrainingResult:
 
 
 def make_deterministic(seed: int) -> None:
-    """Seed Python, NumPy and TensorFlow: on a CPU the same seed then gives the same bits.
-
-    `enable_op_determinism` would add nothing there, and lets tf.data copy all pictures.
-    """
+    """Seed Python, NumPy and TensorFlow: on a CPU the same seed then gives the same bits."""
     keras.utils.set_random_seed(seed)
 
 
 def fit(
     model: keras.Model,
-    images: np.ndarray,
-    labels: np.ndarray,
-    photographs: np.ndarray,
-    training: np.ndarray,
-    validation: np.ndarray,
+    features: Features,
     schedule: Schedule,
     on_epoch: Report = lambda epoch, metrics: None,
-    verbose: int = 2,
 ) -> TrainingResult:
-    """Fit a model with AdamW and binary cross-entropy, stopping early, then calibrate it.
+    """Fit what is not frozen in a model with AdamW and binary cross-entropy, then calibrate it.
 
-    An epoch draws as many pictures as there are to learn from, or as the schedule asks for at the
-    least, with replacement: each photograph of a class as often as the others, however many
-    pictures there are of it; each time a new variant (`augmentation`). Of what is learned, half
-    are defects.
+    The photographs are divided into parts. For each part the model is fitted to the variants of
+    all others; the part's pictures as they are say which epoch is best and, all parts together,
+    how sure the probabilities may be. What remains is the mean of the fits' weights, which all
+    began with the same ones.
 
     Args:
-        model: takes (n, height, width, 1) floats in [0, 255]; its weights are changed.
-        images: uint8 (n, height, width, 1); a memory map is read as it is needed.
-        labels: uint8 (n,), 1 = defect.
-        photographs: (n,) number of the photograph that each picture was made from.
-        training: indices to learn from.
-        validation: indices to choose the best epoch and the temperature by.
-        schedule: learning rate, batch size, epochs; its seed decides what is drawn.
+        model: as `model.build` makes it or as it was registered; its weights are changed.
+        features: of its pretrained layers.
+        schedule: learning rate, batch size, epochs, share held back; its seed decides the rest.
         on_epoch: is called after each epoch with its number, from 1, and its metrics.
-        verbose: Keras's: 0 silent, 1 bar, 2 one line an epoch.
 
     Raises:
-        PipelineError: the loss was never a number.
+        PipelineError: the loss was never a number, or there are too few photographs.
     """
-    pixels = _shared(images)
-    drawn = max(len(training), schedule.epoch_pictures)
-    steps = math.ceil(drawn / schedule.batch_size)
-    chances = sampling_weights(labels[training], photographs[training], 1 - GOOD)
-    batches = _draws(pixels, labels, training, chances, schedule)
-    held_back = _in_turn(pixels, labels, validation)
-    total = schedule.epochs * steps
-    rate = keras.optimizers.schedules.CosineDecay(
-        schedule.learning_rate / 10,
-        total - total // 20,
-        warmup_target=schedule.learning_rate,
-        warmup_steps=total // 20,
-    )
-    model.compile(
-        # Unclipped, some fits found nothing (docs/model-notes.md).
-        keras.optimizers.AdamW(rate, weight_decay=schedule.weight_decay, global_clipnorm=1.0),
-        "binary_crossentropy",
-        metrics=["accuracy"],
-    )
-    best = _BestEpoch(schedule.patience, on_epoch)
     started = time.perf_counter()
-    fitted = model.fit(
-        batches,
-        steps_per_epoch=steps,
-        validation_data=held_back,
-        epochs=schedule.epochs,
-        callbacks=[best],
-        verbose=verbose,
-        shuffle=False,  # what is drawn is in no order
-    )
-    if best.epoch is None:
+    _standardise(model, features)
+    plain = np.flatnonzero(~features.varied)
+    labels, photographs = features.labels[plain], features.photographs[plain]
+    parts = dataset.validation_parts(labels, photographs, schedule.validation_share, schedule.seed)
+    fits = _Fits(model, features, schedule, [np.unique(photographs[part]) for part in parts])
+    weights = sampling_weights(labels, photographs)
+    history: dict[str, list[float]] = {}
+    best_epoch, lowest = None, math.inf
+    for epoch in range(1, schedule.epochs + 1):
+        figures = fits.run(epoch)
+        found = fits.judge(plain, parts)
+        losses = -np.log(np.clip(np.where(labels == 1, found, 1 - found), 1e-7, 1))
+        figures["val_loss"] = float((weights * losses).sum())
+        figures["val_accuracy"] = float(metrics.is_right(labels, found, metrics.THRESHOLD).mean())
+        for name, value in figures.items():
+            history.setdefault(name, []).append(value)
+        if figures["val_loss"] < lowest:
+            best_epoch, lowest = epoch, figures["val_loss"]
+            kept, probabilities = fits.mean(), found
+        on_epoch(epoch, figures)
+    if best_epoch is None:
         raise PipelineError(
             f"The fit diverged: its validation loss is not a number. Lower the learning_rate, "
             f"which is {schedule.learning_rate}"
         )
-    model.set_weights(best.weights)
-    found = np.concatenate([model.predict_on_batch(batch)[:, 0] for batch, _ in held_back])
-    weights = sampling_weights(labels[validation], photographs[validation])
-    temperature = metrics.temperature(labels[validation], found, weights)
+    fits.put(kept)
+    temperature = metrics.temperature(labels, probabilities, weights)
     rescale(model, 1 / temperature)
-    history = {name: [float(v) for v in values] for name, values in fitted.history.items()}
-    return TrainingResult(model, best.epoch, history, temperature, time.perf_counter() - started)
+    held_back = HeldBack(labels, metrics.sharpened(probabilities, 1 / temperature), photographs)
+    seconds = time.perf_counter() - started
+    return TrainingResult(model, best_epoch, history, temperature, held_back, len(parts), seconds)
 
 
 def sampling_weights(
     labels: np.ndarray, photographs: np.ndarray, defects: float = 0.5
 ) -> np.ndarray:
-    """Return chances (n,) that sum to 1, the same for each photograph of a class.
+    """Return weights (n,) that sum to 1, the same for each photograph of a class.
 
     `defects` is the share of the defects together.
     """
@@ -141,72 +143,185 @@ def sampling_weights(
     return each
 
 
-def _shared(images: np.ndarray) -> tf.Tensor:
-    """Make a tensor of pictures; of a memory map without a copy, so that memory stays flat."""
-    if isinstance(images, np.memmap):
-        return tf.experimental.dlpack.from_dlpack(np.asarray(images).__dlpack__())
-    return tf.constant(images)
+class _Fits:
+    """The fits of a model, one for each part of the photographs, an epoch of all at a time.
 
-
-def _draws(
-    pixels: tf.Tensor,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    chances: np.ndarray,
-    schedule: Schedule,
-) -> tf.data.Dataset:
-    """Draw batches of variants without end; the same seed draws the same."""
-    augment = Augmentation(pixels.shape[1:3])
-    targets, indices = tf.constant(labels, tf.float32), tf.constant(rows)
-    upper = tf.constant(np.cumsum(chances)[:-1])
-
-    def draw(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        seed = tf.stack([tf.constant(schedule.seed, tf.int64), number])
-        chance = tf.random.stateless_uniform((schedule.batch_size,), seed, dtype=tf.float64)
-        drawn = tf.gather(indices, tf.searchsorted(upper, chance, side="right"))
-        return augment(_floats(pixels, drawn), tf.gather(targets, drawn), seed)
-
-    return _options(tf.data.Dataset.counter().map(draw).prefetch(2))
-
-
-def _in_turn(pixels: tf.Tensor, labels: np.ndarray, rows: np.ndarray) -> tf.data.Dataset:
-    """Make batches of pictures as they are, in their order."""
-    targets = tf.constant(labels, tf.float32)
-    batches = tf.data.Dataset.from_tensor_slices(rows).batch(BATCH)
-    return _options(batches.map(lambda i: (_floats(pixels, i), tf.gather(targets, i))).prefetch(2))
-
-
-def _floats(pixels: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.gather(pixels, rows), tf.float32)
-
-
-def _options(batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Take tf.data's default optimisations away: they copy all pictures into the graph."""
-    options = tf.data.Options()
-    options.experimental_optimization.apply_default_optimizations = False
-    options.autotune.enabled = False
-    return batches.with_options(options)
-
-
-class _BestEpoch(keras.callbacks.Callback):
-    """Keeps the weights of the epoch with the lowest validation loss; ends the fit if none follows.
-
-    Not with the highest accuracy: the few photographs held back are soon all judged rightly, long
-    before the model is sure of it (docs/model-notes.md).
+    A linear head is fitted for all parts at once, side by side. Fits of more are made in turn,
+    each of them to its share of the variants, so that an epoch costs as much.
     """
 
-    def __init__(self, patience: int, on_epoch: Report):
-        super().__init__()
-        self.patience = patience
-        self.on_epoch = on_epoch
-        self.epoch: int | None = None
-        self.loss = math.inf
-        self.weights: list[np.ndarray] = []
+    def __init__(
+        self,
+        model: keras.Model,
+        features: Features,
+        schedule: Schedule,
+        parts: list[np.ndarray],
+    ):
+        self._model, self._features, self._schedule = model, features, schedule
+        self._fitted = network.fitted(model)
+        head = {MAP, PROBABILITY}
+        heads = [v for layer in self._fitted.layers if layer.name in head for v in layer.variables]
+        blocks = [v for v in self._fitted.trainable_variables if all(v is not h for h in heads)]
+        self._at_once = not blocks and network.has_features(model)
+        self._learner = network.several(model, len(parts)) if self._at_once else self._fitted
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if logs["val_loss"] < self.loss:
-            self.epoch, self.loss = epoch + 1, logs["val_loss"]
-            self.weights = self.model.get_weights()
-        if epoch + 1 - (self.epoch or 0) >= self.patience:
-            self.model.stop_training = True
-        self.on_epoch(epoch + 1, {name: float(value) for name, value in logs.items()})
+        self._varied = np.flatnonzero(features.varied)
+        self._weights = np.stack([self._weigh(part) for part in parts], axis=1)
+        columns = [np.arange(len(parts))] if self._at_once else np.arange(len(parts))[:, np.newaxis]
+        self._columns = list(columns)
+
+        count = sum(1 for _ in self._epoch(1, 0))
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.1,
+            max(1, schedule.epochs * count * 19 // 20),
+            warmup_target=1.0,
+            warmup_steps=schedule.epochs * count // 20,
+        )
+        groups = [(self._learner.trainable_variables, 1.0)]
+        if blocks and network.has_features(model):
+            groups = [(heads, 1.0), (blocks, TUNING)]
+        self._optimizers = []
+        for variables, share in groups:
+            optimizer = keras.optimizers.AdamW(
+                _Scaled(rate, schedule.learning_rate * share),
+                weight_decay=schedule.weight_decay,
+                # Unclipped, some fits found nothing (docs/model-notes.md).
+                global_clipnorm=math.sqrt(len(self._columns[0])),
+            )
+            optimizer.build(variables)
+            self._optimizers.append((optimizer, variables))
+        self._step = tf.function(self._one_step, reduce_retracing=True)
+        self._states = [self._state() for _ in self._columns]
+
+    def run(self, epoch: int) -> dict[str, float]:
+        """Fit for an epoch; return the loss and the accuracy over its variants."""
+        total = np.zeros(3)
+        for number in range(len(self._columns)):
+            self._restore(self._states[number])
+            for batch in self._epoch(epoch, number):
+                total += self._step(*batch).numpy()
+            self._states[number] = self._state()
+        loss, right, weight = total
+        return {"loss": float(loss / weight), "accuracy": float(right / weight)}
+
+    def judge(self, plain: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+        """Return the probabilities of pictures, each by the fit that held it back."""
+        found = np.empty(len(plain), np.float32)
+        if self._at_once:
+            of = np.empty(len(plain), int)
+            for number, part in enumerate(parts):
+                of[part] = number
+            return self._predict(plain)[np.arange(len(plain)), of]
+        for number, part in enumerate(parts):
+            self._restore(self._states[number])
+            found[part] = self._predict(plain[part])[:, 0]
+        return found
+
+    def mean(self) -> list[np.ndarray]:
+        """Return the mean of the fits' weights."""
+        if self._at_once:
+            return [
+                weight.mean(-1, keepdims=True)
+                for name in (MAP, PROBABILITY)
+                for weight in self._learner.get_layer(name).get_weights()
+            ]
+        weights = [state[: len(self._learner.weights)] for state in self._states]
+        return [np.mean(one, axis=0) for one in zip(*weights, strict=True)]
+
+    def put(self, weights: list[np.ndarray]) -> None:
+        """Give the model weights that `mean` returned."""
+        if self._at_once:
+            self._model.get_layer(MAP).set_weights(weights[:2])
+            self._model.get_layer(PROBABILITY).set_weights(weights[2:])
+        else:
+            self._fitted.set_weights(weights)
+
+    def _weigh(self, part: np.ndarray) -> np.ndarray:
+        """Return the weights of the variants for a fit: 0 for its part, both classes the same."""
+        labels = self._features.labels[self._varied]
+        weights = (~np.isin(self._features.photographs[self._varied], part)).astype(np.float32)
+        for label in (0, 1):
+            weights[labels == label] *= 0.5 * weights.sum() / weights[labels == label].sum()
+        return weights
+
+    def _epoch(self, epoch: int, number: int) -> Iterator[tuple]:
+        """Yield batches of features, labels and weights, read while the one before is learned."""
+        columns, size = self._columns[number], self._schedule.batch_size
+        rows = np.flatnonzero(self._weights[:, columns].any(1))
+        rng = np.random.default_rng([self._schedule.seed, epoch, number])
+        rows = rng.permutation(rows)[: math.ceil(len(self._varied) / len(self._columns))]
+
+        def read(start: int) -> tuple:
+            chosen = np.sort(rows[start : start + size])
+            numbers = self._varied[chosen]
+            weights = self._weights[np.ix_(chosen, columns)]
+            return self._features.take(numbers), self._features.labels[numbers], weights
+
+        with ThreadPoolExecutor(1) as reader:
+            waiting = None
+            for start in range(0, len(rows), size):
+                coming = reader.submit(read, start)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = coming
+            yield waiting.result()
+
+    def _one_step(self, values: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        targets = labels[:, tf.newaxis] * tf.ones_like(weights)
+        with tf.GradientTape() as tape:
+            found = self._learner(tf.cast(values, tf.float32), training=True)
+            losses = weights * keras.ops.binary_crossentropy(targets, found)
+            loss = tf.reduce_sum(tf.reduce_mean(losses, axis=0))
+        every = [v for _, variables in self._optimizers for v in variables]
+        gradients = iter(tape.gradient(loss, [v.value for v in every]))
+        for optimizer, variables in self._optimizers:
+            optimizer.apply([next(gradients) for _ in variables], variables)
+        right = weights * tf.cast((found >= metrics.THRESHOLD) == (targets == 1), tf.float32)
+        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(weights)])
+
+    def _predict(self, numbers: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [
+                self._learner.predict_on_batch(
+                    self._features.take(numbers[start : start + BATCH]).astype(np.float32)
+                )
+                for start in range(0, len(numbers), BATCH)
+            ]
+        )
+
+    def _variables(self) -> list:
+        kept = [v for optimizer, _ in self._optimizers for v in optimizer.variables]
+        return [*self._learner.weights, *kept]
+
+    def _state(self) -> list[np.ndarray]:
+        return [keras.ops.convert_to_numpy(v) for v in self._variables()]
+
+    def _restore(self, state: list[np.ndarray]) -> None:
+        if len(self._columns) > 1:
+            for variable, value in zip(self._variables(), state, strict=True):
+                variable.assign(value)
+
+
+class _Scaled(keras.optimizers.schedules.LearningRateSchedule):
+    """Another schedule times a constant."""
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, by: float):
+        self.schedule, self.by = schedule, by
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        return self.by * self.schedule(step)
+
+
+def _standardise(model: keras.Model, features: Features) -> None:
+    """Let a new model know mean and variance of what its head takes; they are never fitted."""
+    if not network.has_features(model):
+        return
+    layer = model.get_layer(network.STANDARDISED)
+    if any(weight.any() for weight in layer.get_weights()[:1]):
+        return  # it knows them
+    varied = np.flatnonzero(features.varied)
+    some = varied[np.linspace(0, len(varied) - 1, min(MEASURED, len(varied))).astype(int)]
+    values, begin = features.take(some).astype(np.float32), model.get_layer(network.FEATURES).output
+    if layer.input is not begin:  # blocks that are tuned come between
+        values = keras.Model(begin, layer.input)(values).numpy()
+    layer.set_weights([values.mean((0, 1, 2)), values.var((0, 1, 2))])

@@ -1,0 +1,204 @@
+"""What the pretrained layers make of pictures and of their variants, computed once.
+
+These layers keep their weights, so every set, every fold and the next training take the same
+features: they are kept in a file, of which a fit reads what it needs.
+"""
+
+import fcntl
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from defect_detection import PipelineError, augmentation
+from defect_detection import model as network
+from defect_detection.augmentation import Augmentation
+from defect_detection.dataset import Dataset
+from defect_detection.model import keras, tf
+from defect_detection.settings import Sampling
+
+log = logging.getLogger(__name__)
+
+BATCH = 32
+MOST_AS_THEY_ARE = 1000  # pictures of a class that are held back in turn, to choose and calibrate
+# Shares of the variants; of what is learned from, half is weighed as defects all the same.
+GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts that get a blemish
+FILES_KEPT = 3
+SAY_AFTER = 15  # seconds
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of pictures as they are and of variants, row by row.
+
+    Attributes:
+        values: float16 (m, height, width, channels), memory-mapped.
+        rows: (n,) the rows of `values` that are spoken of.
+        labels: float32 (n,), 1 = defect.
+        pictures: (n,) the number of the picture that each was made from.
+        photographs: (n,) the number of its photograph.
+        varied: bool (n,), false of pictures as they are.
+    """
+
+    values: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    pictures: np.ndarray
+    photographs: np.ndarray
+    varied: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return values, float16 (k, height, width, channels)."""
+        return self.values[self.rows[numbers]]
+
+    def among(self, pictures: np.ndarray) -> "Features":
+        """Return the features that were made from some of the pictures only."""
+        kept = np.isin(self.pictures, pictures)
+        names = ("rows", "labels", "pictures", "photographs", "varied")
+        return replace(self, **{name: getattr(self, name)[kept] for name in names})
+
+
+def compute(
+    model: keras.Model, data: Dataset, photographs: np.ndarray, sampling: Sampling
+) -> Features:
+    """Compute features, or take them from the cache.
+
+    Up to 1,000 pictures of each class are taken as they are. The variants are drawn so that every
+    photograph of a class has as many, however many pictures there are of it. A computation that
+    was interrupted is gone on with.
+
+    Args:
+        model: its pretrained layers are run; of a model without, the variants are the features.
+        data: pictures at the size that the model takes.
+        photographs: (n,) number of the photograph that each picture was made from.
+        sampling: how many variants, and where the features are kept.
+
+    Raises:
+        PipelineError: the cache cannot be written.
+    """
+    seed, cache = sampling.seed, sampling.cache
+    planned = _plan(data.labels, photographs, sampling.variants, seed)
+    layers = network.frozen(model) if network.has_features(model) else None
+    shape = model.input_shape[1:] if layers is None else layers.output_shape[1:]
+    path = cache / f"features-{_key(layers, data, planned, seed)}"
+    bytes_each = int(np.prod(shape)) * 2
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # One process at a time computes them; others wait and find them.
+        with path.with_suffix(".part").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():
+                begun = file.tell() // (BATCH * bytes_each) * BATCH
+                file.truncate(begun * bytes_each)
+                for values in _batches(layers, data, planned, seed, begun):
+                    file.write(np.ascontiguousarray(values, np.float16))
+                file.flush()
+                path.with_suffix(".part").rename(path)
+            else:
+                path.with_suffix(".part").unlink(missing_ok=True)
+        path.touch()
+        _delete_old(cache)
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
+    values = np.memmap(path, np.float16, "r", shape=(len(planned.pictures), *shape))
+    return Features(
+        values=values,
+        rows=np.arange(len(values)),
+        labels=np.where(planned.blemished, 1, data.labels[planned.pictures]).astype(np.float32),
+        pictures=planned.pictures,
+        photographs=photographs[planned.pictures],
+        varied=planned.varied,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    pictures: np.ndarray
+    varied: np.ndarray
+    blemished: np.ndarray
+
+
+def _plan(labels: np.ndarray, photographs: np.ndarray, variants: int, seed: int) -> _Plan:
+    rng = np.random.default_rng(seed)
+    good, defective = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    counts = [round(variants * GOOD), round(variants * DEFECTIVE)]
+    parts = [
+        *(_evenly(rows, photographs, MOST_AS_THEY_ARE, rng)[0] for rows in (good, defective)),
+        _evenly(good, photographs, counts[0], rng)[1],
+        _evenly(defective, photographs, counts[1], rng)[1],
+        _evenly(good, photographs, variants - sum(counts), rng)[1],
+    ]
+    number = np.repeat(range(len(parts)), [len(part) for part in parts])
+    return _Plan(np.concatenate(parts), number >= 2, number == 4)
+
+
+def _evenly(
+    rows: np.ndarray, photographs: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose pictures so that each photograph has as many as the others, as far as it has any.
+
+    Returns:
+        Up to `count`, each picture once; and `count`, those of small photographs repeatedly.
+    """
+    rows = rng.permutation(rows)
+    of = [rows[photographs[rows] == one] for one in dict.fromkeys(photographs[rows].tolist())]
+    turns = range(max(len(pictures) for pictures in of))
+    once = [pictures[turn] for turn in turns for pictures in of if turn < len(pictures)]
+    again = [of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(count)]
+    return np.array(once[:count]), np.array(again)
+
+
+def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
+    total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
+    total.update(repr((data.digest, data.images.shape, seed)).encode())
+    for array in (planned.pictures, planned.varied, planned.blemished):
+        total.update(array.tobytes())
+    if layers is not None:
+        total.update(repr([type(layer).__name__ for layer in layers.layers]).encode())
+        for weight in layers.get_weights():
+            total.update(weight.tobytes())
+    return total.hexdigest()[:24]
+
+
+def _batches(
+    layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int, begun: int
+) -> Iterator[np.ndarray]:
+    """Compute the features from row `begun` on; the same seed gives the same."""
+    augment = Augmentation(data.images.shape[1:3])
+
+    @tf.function(reduce_retracing=True)
+    def run(images: tf.Tensor, varied: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor):  # noqa: ANN202
+        images = tf.cast(images, tf.float32)
+        if tf.reduce_any(varied):
+            kept = tf.reshape(varied, (-1, 1, 1, 1))
+            images = tf.where(kept, augment(images, blemished, seed), images)
+        return tf.cast(images if layers is None else layers(images, training=False), tf.float16)
+
+    count = len(planned.pictures)
+    said = started = time.monotonic()
+    for start in range(begun, count, BATCH):
+        rows = slice(start, start + BATCH)
+        yield run(
+            data.images[planned.pictures[rows]],
+            planned.varied[rows],
+            planned.blemished[rows],
+            tf.constant([seed, start], tf.int64),
+        ).numpy()
+        if time.monotonic() - said > SAY_AFTER:
+            said = time.monotonic()
+            done = start + BATCH
+            left = (said - started) * (count - done) / (done - begun)
+            log.info("Features of pictures: %d of %d, %.0f s to go", done, count, left)
+
+
+def _delete_old(cache: Path) -> None:
+    found = [path for path in cache.glob("features-*") if path.suffix != ".part"]
+    for old in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[FILES_KEPT:]:
+        old.unlink(missing_ok=True)
