@@ -86,18 +86,43 @@ def store(_store: str):
         yield _store
 
 
+def small_cnn(size: tuple[int, int]):
+    """Build a small model that judges by chance."""
+    from defect_detection import model
+    from defect_detection.settings import HyperParameters
+
+    cnn = model.build(size, HyperParameters("small", 8, 0, 1, 0.01, 0.01, 8, 1))
+    head = cnn.get_layer(model.MAP)
+    kernel, bias = head.get_weights()
+    head.set_weights([np.random.default_rng(0).normal(0, 0.02, kernel.shape), bias])
+    return cnn
+
+
+def former_cnn(size: tuple[int, int]):
+    """Build a model as they were before there were pretrained layers: nothing of it is frozen."""
+    from defect_detection.classifier import MAP, PROBABILITY
+    from defect_detection.model import keras, layers, ops
+
+    inputs = keras.Input((*size, 1), name="images")
+    x = layers.Conv2D(8, 5, 2, padding="same", activation="relu")(layers.Rescaling(1 / 255)(inputs))
+    x = layers.Conv2D(12, 3, 2, padding="same", use_bias=False)(x)
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    x = layers.Conv2D(1, 1, activation="softplus", name=MAP)(layers.SpatialDropout2D(0.1)(x))
+    powers = layers.GlobalAveragePooling2D()(ops.power(x + 1e-3, 4))
+    last = layers.Dense(1, activation="sigmoid", name=PROBABILITY)
+    return keras.Model(inputs, last(ops.power(powers, 0.25)))
+
+
 @pytest.fixture(scope="session")
 def logged_model(_store: str) -> tuple[str, str]:
     """Run and URI of a logged model for parts as `draw_part` draws them; it has learned nothing."""
     from defect_detection import images, model
     from defect_detection.metrics import PLAIN
     from defect_detection.scope import Scope
-    from defect_detection.settings import HyperParameters
 
     rng, size = np.random.default_rng(0), (32, 32)
     parts = [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(100)]
-    model.keras.utils.set_random_seed(0)
-    cnn = model.build(size, HyperParameters("small", [8, 12], 0.1, 0.01, 0.0001, 8))
+    cnn = small_cnn(size)
     scope = Scope.of(np.stack([images.decode(part, size) for part in parts]))
     with tracking.connected(_store):
         with mlflow.start_run(experiment_id=tracking.open_experiment("train/kept")) as run:
@@ -289,22 +314,19 @@ def server(tmp_path_factory):
 
 SMALL = {
     "image_size": [64, 64],
-    "epochs": 8,
-    "epoch_pictures": 1,
+    "variants": 240,
     "sets": [
         {
             "name": name,
-            "filters": filters,
-            "dropout": 0.1,
-            "learning_rate": rate,
-            "weight_decay": 0.0001,
-            "batch_size": 8,
+            "blocks": 8,
+            "tuned_blocks": tuned,
+            "views": views,
+            "learning_rate": 0.02,
+            "weight_decay": 0.01,
+            "batch_size": 16,
+            "epochs": 6,
         }
-        for name, filters, rate in (
-            ("one", [8, 12, 16], 0.02),
-            ("two", [8, 12, 16, 16], 0.02),
-            ("three", [12, 16, 16], 0.01),
-        )
+        for name, tuned, views in (("one", 0, 1), ("two", 1, 1), ("three", 0, 2))
     ],
 }
 

@@ -5,12 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from conftest import draw_part, encoded
+from conftest import draw_part, encoded, small_cnn
 from defect_detection import PipelineError, images, model
 from defect_detection.classifier import Classifier
 from defect_detection.metrics import OperatingPoint
 from defect_detection.scope import Scope
-from defect_detection.settings import HyperParameters
 
 SIZE = (32, 32)
 
@@ -39,8 +38,7 @@ def test_damaged_model_is_refused_in_one_line(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def litert() -> bytes:
-    model.keras.utils.set_random_seed(0)
-    return model.to_litert(model.build(SIZE, HyperParameters("s", [8, 12], 0.1, 0.01, 0.0001, 8)))
+    return model.to_litert(small_cnn(SIZE))
 
 
 @pytest.fixture(scope="module")

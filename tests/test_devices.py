@@ -5,13 +5,11 @@ import logging
 import numpy as np
 import pytest
 
-from conftest import draw_part
-from defect_detection import PipelineError, devices, model
+from conftest import draw_part, former_cnn
+from defect_detection import PipelineError, devices
 from defect_detection.model import tf
-from defect_detection.settings import HyperParameters
 
 SIZE = (32, 32)
-HYPER = HyperParameters("small", [8, 12], 0.3, 0.01, 0.0001, 8)
 LABELS = np.arange(16) % 2
 
 
@@ -34,14 +32,14 @@ def wrong_by(factor: float):
 
 
 def test_device_that_computes_as_the_cpu_does_is_taken(images):
-    built = model.build(SIZE, HYPER)
+    built = former_cnn(SIZE)
     device = devices.checked(built, images, LABELS, "GPU:0", wrong_by(1.0001))
     assert device.name == "GPU:0"
 
 
 @pytest.mark.parametrize("factor", [1.05, -1.0, 0.0, np.nan, np.inf])
 def test_device_that_computes_wrongly_is_not_taken(images, factor):
-    built = model.build(SIZE, HYPER)
+    built = former_cnn(SIZE)
     device = devices.checked(built, images, LABELS, "GPU:0", wrong_by(factor))
     assert device.name == devices.CPU
     assert "GPU:0 computes wrongly: it differs from the CPU by" in device.why
@@ -53,14 +51,14 @@ def test_device_that_cannot_run_the_model_is_not_taken(images):
             raise tf.errors.InvalidArgumentError(None, None, "no such operation")
         return devices.forward_and_backward(built, images, labels, device)
 
-    device = devices.checked(model.build(SIZE, HYPER), images, LABELS, "GPU:0", run)
+    device = devices.checked(former_cnn(SIZE), images, LABELS, "GPU:0", run)
     assert device == devices.Device(
         devices.CPU, "GPU:0 cannot run this model (InvalidArgumentError)"
     )
 
 
 def test_trying_a_model_leaves_it_as_it_was_and_dropout_out(images):
-    built = model.build(SIZE, HYPER)
+    built = former_cnn(SIZE)
     before = [weight.copy() for weight in built.get_weights()]
     first, second = (
         devices.forward_and_backward(built, images, LABELS, devices.CPU) for _ in range(2)
@@ -71,14 +69,14 @@ def test_trying_a_model_leaves_it_as_it_was_and_dropout_out(images):
     assert all(np.abs(gradient).max() > 0 for gradient in first[1:])
     for one, other in zip(before, built.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert [layer.rate for layer in built.layers if "dropout" in layer.name] == [HYPER.dropout]
+    assert [layer.rate for layer in built.layers if "dropout" in layer.name] == [0.1]
 
 
 def test_wrong_gpu_is_told_and_the_cpu_used(images, monkeypatch, caplog):
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [gpu])
     monkeypatch.setattr(devices, "forward_and_backward", _wrong)
-    with devices.chosen("auto", lambda: model.build(SIZE, HYPER), images, LABELS) as device:
+    with devices.chosen("auto", lambda: former_cnn(SIZE), images, LABELS) as device:
         assert "CPU:0" in tf.constant(1.0).device
     assert device.name == devices.CPU
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

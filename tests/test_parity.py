@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from conftest import small_cnn
 from defect_detection import model, parity
 from defect_detection.classifier import Classifier
 from defect_detection.parity import Parity
-from defect_detection.settings import QUANTIZE, HyperParameters
+from defect_detection.settings import QUANTIZE
 
 SIZE = (32, 32)
 PICTURES = np.random.default_rng(0).integers(0, 256, (100, *SIZE, 1), np.uint8)
@@ -14,8 +15,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (100, *SIZE, 1), np.uint8)
 
 @pytest.fixture(scope="module")
 def cnn():
-    model.keras.utils.set_random_seed(0)
-    return model.build(SIZE, HyperParameters("small", [8, 12, 16], 0.1, 0.01, 0.0001, 8))
+    return small_cnn(SIZE)
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)

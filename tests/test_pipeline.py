@@ -287,7 +287,7 @@ def test_folder_that_cannot_be_written_is_one_line(project, section, key, script
 
 def test_terminated_training_ends_its_run(project):
     draw_folders(project.data, train=20, test=1)
-    project.configure(lambda c: c["model_parameters"].update(epochs=500, patience=500))
+    project.configure(lambda c: c["model_parameters"]["sets"][0].update(epochs=500))
     with (project.root / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "src/train.py"],
@@ -296,7 +296,7 @@ def test_terminated_training_ends_its_run(project):
             stdout=output,
         )
     try:
-        wait_for(lambda: "Epoch 3/" in (project.root / "output").read_text())
+        wait_for(lambda: "epoch 3 of" in (project.root / "output").read_text())
         process.terminate()
         assert process.wait(30) == 143
     finally:

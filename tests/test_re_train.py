@@ -46,7 +46,7 @@ def retrained(tmp_path_factory, learnable):
     shutil.copytree(learnable / "train", swapped / "train")
     shutil.copytree(learnable / "test" / "def_front", swapped / "test" / "ok_front")
     shutil.copytree(learnable / "test" / "ok_front", swapped / "test" / "def_front")
-    project.configure_retraining(image_size=[64, 64], epochs=8, learning_rate=0.02, batch_size=8)
+    project.configure_retraining(image_size=[64, 64], epochs=6, learning_rate=0.02, batch_size=16)
     project.printed = [project.succeed(SCRIPT, "--data", learnable)]
     gently = ("--learning-rate", 0.002)
     project.printed.append(project.succeed(SCRIPT, "--data", swapped, "--epochs", 1, *gently))
@@ -100,10 +100,10 @@ def test_fine_tuning_starts_from_the_weights_of_its_start(retrained):
 def test_parameters_are_those_of_the_yaml_and_the_options(retrained):
     first, second, _ = runs()
     assert first.data.params["learning_rate"] == "0.02"
-    assert (first.data.params["epochs"], second.data.params["epochs"]) == ("8", "1")
+    assert (first.data.params["epochs"], second.data.params["epochs"]) == ("6", "1")
     # Layers are said of a new model only: of one that was loaded, the file says nothing.
-    assert first.data.params["filters"] == "[8, 12, 16]"
-    assert "filters" not in second.data.params
+    assert first.data.params["blocks"] == "8"
+    assert "blocks" not in second.data.params
 
 
 def test_the_two_examples_are_judged_by_the_new_model(retrained):

@@ -80,8 +80,8 @@ def test_wrong_value_inside_a_set_is_named_by_its_place(broken):
 
 
 def test_two_sets_of_one_name_are_refused(broken):
-    message = broken(lambda c: c["model_parameters"]["sets"][1].update(name="compact"))
-    assert "two sets are named 'compact'" in message
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(name="linear"))
+    assert "two sets are named 'linear'" in message
 
 
 @pytest.mark.parametrize("text", ["a: [1", "", "- 1\n- 2", "3"])

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import draw_part, encoded
+from conftest import draw_part, encoded, small_cnn
 from defect_detection import PipelineError, dataset, model, tracking
 from defect_detection.classifier import Classifier
 from defect_detection.metrics import OperatingPoint
 from defect_detection.scope import Scope
-from defect_detection.settings import HyperParameters
 from defect_detection.tracking import BestModel
 
 SIZE = (32, 32)
@@ -29,7 +28,7 @@ SCOPE = Scope.of(np.random.default_rng(1).integers(0, 256, (20, *SIZE, 1), np.ui
 @pytest.fixture(scope="module")
 def cnn() -> keras.Model:
     keras.utils.set_random_seed(0)
-    return model.build(SIZE, HyperParameters("small", [8, 12], 0.1, 0.01, 0.0001, 8))
+    return small_cnn(SIZE)
 
 
 @pytest.fixture

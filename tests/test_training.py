@@ -1,137 +1,188 @@
-"""The CNN and its fit."""
+"""The CNN and its fits."""
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from conftest import draw_part
-from defect_detection import PipelineError, metrics, model, settings, training
-from defect_detection.augmentation import SOME
-from defect_detection.classifier import Classifier
-from defect_detection.settings import HyperParameters, Schedule
+from conftest import draw_part, former_cnn, small_cnn
+from defect_detection import PipelineError, features, metrics, model, settings, training
+from defect_detection.classifier import MAP, PROBABILITY, Classifier
+from defect_detection.dataset import Dataset
+from defect_detection.features import Features
+from defect_detection.settings import HyperParameters, Sampling, Schedule
 
 CONFIG = settings.read_yaml(settings.CONFIG_FILE, settings.Config)
 SIZE = (32, 32)
-HYPER = HyperParameters("small", [8, 12, 16], 0.1, 0.02, 0.0001, 8)
+HYPER = HyperParameters("small", 8, 0, 1, 0.02, 0.01, 16, 5)
 SCHEDULE = Schedule(
     learning_rate=0.02,
-    weight_decay=0.0001,
-    batch_size=8,
-    epochs=6,
-    epoch_pictures=120,
-    patience=6,
+    weight_decay=0.01,
+    batch_size=16,
+    epochs=5,
+    validation_share=0.25,
     seed=3,
 )
+KINDS = ("head", "block", "former")  # what is fitted: the head, a block too, all of a former model
+
+
+def build(kind: str) -> keras.Model:
+    keras.utils.set_random_seed(3)
+    if kind == "former":
+        return former_cnn(SIZE)
+    return model.build(SIZE, replace(HYPER, tuned_blocks=int(kind == "block")))
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
+def pictures() -> Dataset:
     rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3 == 0
-    drawn = [np.asarray(draw_part(rng, defect, side=32)) for defect in labels]
-    return np.stack(drawn)[..., np.newaxis], labels.astype(np.uint8)
+    labels = (np.arange(60) % 3 == 0).astype(np.uint8)
+    drawn = [np.asarray(draw_part(rng, defect == 1, side=32)) for defect in labels]
+    names = tuple(str(number) for number in range(60))
+    return Dataset(np.stack(drawn)[..., np.newaxis], labels, names, names, "drawn", ())
 
 
-def fit(pictures, epochs: int = 6, **options) -> training.TrainingResult:
-    training.make_deterministic(3)
-    images, labels = pictures
-    return training.fit(
-        model.build(SIZE, HYPER),
-        images,
-        labels,
-        np.arange(60),
-        np.arange(40),
-        np.arange(40, 60),
-        replace(SCHEDULE, epochs=epochs),
-        verbose=0,
-        **options,
-    )
+@pytest.fixture(scope="module")
+def computed(pictures, tmp_path_factory) -> dict[str, Features]:
+    cache = tmp_path_factory.mktemp("features")
+    sampling = Sampling(160, 3, cache)
+    return {
+        kind: features.compute(build(kind), pictures, np.arange(60) // 2, sampling)
+        for kind in KINDS
+    }
 
 
-def test_same_seed_gives_the_same_history_and_weights(pictures):
-    first, second = fit(pictures), fit(pictures)
+def fit(computed, kind: str = "head", epochs: int = 5, **options) -> training.TrainingResult:
+    schedule = replace(SCHEDULE, epochs=epochs)
+    return training.fit(build(kind), computed[kind], schedule, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_gives_the_same_history_and_weights(computed, kind):
+    first, second = fit(computed, kind, 2), fit(computed, kind, 2)
     assert first.history == second.history
     for one, other in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_best_epoch_is_what_remains(pictures):
-    images, labels = pictures
-    result = fit(pictures)
-    accuracies, losses = result.history["val_accuracy"], result.history["val_loss"]
-    best = int(np.argmin(losses))
-    assert result.best_epoch == best + 1
-    assert result.best["val_accuracy"] == accuracies[best]
-    _, accuracy = result.model.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
-    assert accuracy == pytest.approx(result.best["val_accuracy"], abs=1e-6)
-    model.rescale(result.model, result.temperature)
-    loss, _ = result.model.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
-    assert loss == pytest.approx(losses[best], abs=1e-4)
+@pytest.mark.parametrize(("kind", "epochs"), [("head", 20), ("block", 30)])
+def test_defects_are_told_from_good_parts(computed, pictures, kind, epochs):
+    result = fit(computed, kind, epochs)
+    assert result.fits == 4
+    assert result.best["val_accuracy"] > 0.8
+    found = result.model.predict(pictures.images.astype("f"), verbose=0)[:, 0]
+    assert ((found > 0.5) == (pictures.labels == 1)).mean() > 0.85
 
 
-def test_later_epochs_do_not_spoil_the_best_one(pictures):
-    images, labels = pictures
-    fitted = model.build(SIZE, HYPER)
+def test_all_of_a_former_model_is_fitted(computed):
+    before, result = build("former"), fit(computed, "former", 20)
+    assert result.history["loss"][-1] < result.history["loss"][0]
+    trainable = zip(before.trainable_weights, result.model.trainable_weights, strict=True)
+    assert all(np.abs(one.numpy() - other.numpy()).max() > 1e-4 for one, other in trainable)
 
-    def spoil_after_the_fourth(epoch: int, metrics: dict[str, float]) -> None:
-        if epoch >= 4:
-            fitted.set_weights([np.zeros_like(weight) for weight in fitted.get_weights()])
 
-    training.make_deterministic(3)
-    rows = np.arange(40), np.arange(40, 60)
-    result = training.fit(
-        fitted,
-        images,
-        labels,
-        np.arange(60),
-        *rows,
-        SCHEDULE,
-        on_epoch=spoil_after_the_fourth,
-        verbose=0,
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_picture_is_judged_by_a_fit_that_saw_nothing_of_its_photograph(
+    computed, kind, monkeypatch
+):
+    """Of a part whose labels are wrong, the others learn nothing, nor does its own fit unlearn."""
+    told = computed[kind]
+    wrong = np.isin(told.photographs, [0, 1, 2])
+    lied = replace(told, labels=np.where(wrong, 1 - told.labels, told.labels))
+    schedule = replace(SCHEDULE, epochs=1, validation_share=0.5)
+    parts = [np.flatnonzero(np.isin(told.photographs[~told.varied], range(0, 15)))]
+    parts.append(np.flatnonzero(~np.isin(told.photographs[~told.varied], range(0, 15))))
+    monkeypatch.setattr(training.dataset, "validation_parts", lambda *_: parts)
+    truly, lied = (training.fit(build(kind), one, schedule) for one in (told, lied))
+    first = parts[0]  # its fit saw the photographs from 15 on only
+    ratio = truly.temperature / lied.temperature
+    np.testing.assert_allclose(
+        metrics.sharpened(lied.held_back.probabilities[first], 1 / ratio),
+        truly.held_back.probabilities[first],
+        atol=1e-5,
     )
-    assert result.best_epoch <= 4
-    _, accuracy = fitted.evaluate(images[40:].astype("f"), labels[40:], verbose=0)
-    assert accuracy == pytest.approx(result.best["val_accuracy"], abs=1e-6)
-    assert any(weight.any() for weight in fitted.get_weights())
 
 
-class _Steps(keras.Model):
-    """Stands in for a model: its only weight counts the epochs that have been seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.stop_training = False
-        self.counter = self.add_weight(name="epoch", initializer="zeros")
-
-
-def test_the_lowest_validation_loss_is_the_best_epoch_whatever_the_accuracy():
-    callback = training._BestEpoch(patience=2, on_epoch=lambda *_: None)
-    callback.set_model(_Steps())
-    stopped_at = None
-    epochs = [(0.5, 0.9), (1.0, 0.5), (0.9, 0.3), (1.0, math.nan), (1.0, 0.4), (1.0, 0.1)]
-    for epoch, (accuracy, loss) in enumerate(epochs):
-        callback.model.counter.assign(epoch + 1)
-        callback.on_epoch_end(epoch, {"val_accuracy": accuracy, "val_loss": loss})
-        if callback.model.stop_training:
-            stopped_at = epoch + 1
-            break
-    assert callback.epoch == 3
-    assert callback.weights == [3.0]
-    assert stopped_at == 5
+def test_weights_are_the_mean_of_the_fits(computed):
+    told = computed["head"]
+    plain = np.flatnonzero(~told.varied)
+    parts = [np.unique(told.photographs[plain][i::2]) for i in range(2)]
+    for kind in ("head", "block"):
+        built = build(kind)
+        training._standardise(built, computed[kind])
+        fits = training._Fits(built, computed[kind], SCHEDULE, parts)
+        fits.run(1)
+        if kind == "head":
+            each = [fits._learner.get_layer(MAP).get_weights()[0][..., k] for k in range(2)]
+        else:
+            at = [v.path for v in fits._learner.weights].index(built.get_layer(MAP).kernel.path)
+            each = [state[at][..., 0] for state in fits._states]
+        assert np.abs(each[0] - each[1]).max() > 1e-4
+        fits.put(fits.mean())
+        kernel = built.get_layer(MAP).get_weights()[0][..., 0]
+        np.testing.assert_allclose(kernel, np.mean(each, 0), atol=1e-6)
 
 
-def test_each_epoch_is_reported_with_its_metrics(pictures):
+def test_what_is_pretrained_stays_and_a_tuned_block_moves_a_little(computed):
+    before = [weight.copy() for weight in build("block").get_layer("pretrained").get_weights()]
+    fitted = fit(computed, "block", 2).model
+    for one, other in zip(before, fitted.get_layer("pretrained").get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    kernels = [one.get_layer("block8_expand").get_weights()[0] for one in (build("block"), fitted)]
+    moved = np.abs(kernels[0] - kernels[1]).max() / np.abs(kernels[0]).max()
+    assert 1e-5 < moved < 0.1
+
+
+@pytest.mark.parametrize("kind", ["head", "block"])
+def test_features_are_standardised_once(computed, kind):
+    fitted = fit(computed, kind, 1).model
+    layer = fitted.get_layer(model.STANDARDISED)
+    values = computed[kind].take(np.flatnonzero(computed[kind].varied)).astype(np.float32)
+    if kind == "block":
+        values = keras.Model(fitted.get_layer(model.FEATURES).output, layer.input)(values).numpy()
+    else:
+        values = layer(values).numpy()
+        assert np.abs(values.mean((0, 1, 2))).max() < 0.1
+        assert np.median(values.std((0, 1, 2))) == pytest.approx(1, abs=0.05)
+    before = [weight.copy() for weight in layer.get_weights()]
+    other = replace(computed[kind], rows=computed[kind].rows[::-1])
+    training.fit(fitted, other, replace(SCHEDULE, epochs=1))
+    for one, again in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, again)
+
+
+def test_best_epoch_is_what_remains(computed):
+    found = fit(computed, epochs=6)
+    best = int(np.argmin(found.history["val_loss"]))
+    assert found.best_epoch == best + 1
+    assert found.best["val_accuracy"] == found.history["val_accuracy"][best]
+    assert len(found.history["loss"]) == 6
+
+
+def test_later_epochs_do_not_spoil_the_best_one(computed, monkeypatch):
+    judge, epochs = training._Fits.judge, []
+
+    def judged(fits, plain, parts):
+        epochs.append(fits.mean())
+        found = judge(fits, plain, parts)
+        return found if len(epochs) == 2 else np.clip(1 - found, 0.01, 0.99)
+
+    monkeypatch.setattr(training._Fits, "judge", judged)
+    result = fit(computed, epochs=4)
+    assert result.best_epoch == 2
+    np.testing.assert_array_equal(result.model.get_layer(MAP).get_weights()[0], epochs[1][0])
+
+
+def test_each_epoch_is_reported_with_its_metrics(computed):
     seen = []
-    fit(pictures, epochs=2, on_epoch=lambda epoch, values: seen.append((epoch, sorted(values))))
+    fit(computed, epochs=2, on_epoch=lambda epoch, values: seen.append((epoch, sorted(values))))
     names = ["accuracy", "loss", "val_accuracy", "val_loss"]
     assert seen == [(1, names), (2, names)]
 
 
-def test_each_class_and_each_photograph_is_drawn_as_often():
+def test_each_class_and_each_photograph_weighs_as_much():
     labels = np.array([1, 1, 1, 1, 0, 0, 0])
     photographs = np.array([5, 5, 5, 8, 5, 9, 9])  # photograph 5 has pictures of both labels
     chances = training.sampling_weights(labels, photographs)
@@ -141,80 +192,50 @@ def test_each_class_and_each_photograph_is_drawn_as_often():
     assert fewer[:4].sum() == pytest.approx(0.2) and fewer.sum() == pytest.approx(1)
 
 
-def test_pictures_are_drawn_by_their_chances():
-    images = np.zeros((60, *SIZE, 1), np.uint8)
-    images[13], images[17], images[40] = 20, 90, 220
-    labels = np.arange(60) % 2
-    chances = np.zeros(40)
-    chances[[3, 7, 30]] = 0.5, 0.25, 0.25
-    batches = training._draws(
-        training._shared(images), labels, np.arange(10, 50), chances, SCHEDULE
-    )
-    seen, targets = zip(*batches.take(200), strict=True)
-    # Light hardly ever changes a grey level as far as the next.
-    drawn = np.digitize(np.concatenate(seen)[:, 16, 16, 0], (5, 43, 146))
-    counts = np.bincount(drawn, minlength=4) / len(drawn)
-    np.testing.assert_allclose(counts, [0, 0.5, 0.25, 0.25], atol=0.05)
-    learned = np.concatenate(targets)
-    assert learned[(drawn == 1) | (drawn == 2)].mean() > 0.98  # rows 13 and 17 are defects
-    assert learned[drawn == 3].mean() == pytest.approx(1 / SOME, abs=0.07)
+def test_both_classes_weigh_the_same_and_what_is_held_back_nothing(computed):
+    told = computed["head"]
+    fits = training._Fits(build("head"), told, SCHEDULE, [np.arange(5), np.arange(5, 30)])
+    varied = told.varied
+    for number, part in enumerate([np.arange(5), np.arange(5, 30)]):
+        weights, labels = fits._weights[:, number], told.labels[varied]
+        assert (weights[np.isin(told.photographs[varied], part)] == 0).all()
+        assert weights[labels == 1].sum() == pytest.approx(weights[labels == 0].sum(), rel=1e-5)
 
 
-def test_memory_map_is_learned_from_without_a_copy(tmp_path):
-    count, side = 16000, 128
-    with (tmp_path / "pixels").open("wb") as file:
-        file.truncate(count * side * side)
-    images = np.memmap(tmp_path / "pixels", np.uint8, "c", shape=(count, side, side, 1))
-    images[1234] = 7  # in the map only: a copy made of the file would not have it
-    shared = training._shared(images)
-    assert shared.dtype == "uint8" and shared[1234].numpy().max() == 7
-    labels = np.arange(count) % 2
-    before = _anonymous_megabytes()
-    batches = training._draws(shared, labels, np.arange(count), np.full(count, 1 / count), SCHEDULE)
-    for _ in batches.take(20):
-        pass
-    assert _anonymous_megabytes() - before < count * side * side / 2**20 / 2
+def test_every_fit_learns_from_its_share_in_an_epoch(computed):
+    told = computed["block"]
+    parts = [np.arange(10), np.arange(10, 20), np.arange(20, 30)]
+    fits = training._Fits(build("block"), told, SCHEDULE, parts)
+    seen = [np.concatenate([batch[1] for batch in fits._epoch(1, n)]) for n in range(3)]
+    assert sum(map(len, seen)) == pytest.approx(told.varied.sum(), abs=3)
 
 
-def _anonymous_megabytes() -> float:
-    """Return the memory of this process that no file backs."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("only Linux tells a process's anonymous memory")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-
-def test_probabilities_are_calibrated_by_the_pictures_held_back(pictures):
-    images, labels = pictures
-    result = fit(pictures)
-    held_back = slice(40, 60)
-    found = result.model.predict(images[held_back].astype("f"), verbose=0)[:, 0]
-    weights = training.sampling_weights(labels[held_back], np.arange(20))
+def test_probabilities_are_calibrated_by_the_pictures_held_back(computed):
+    result = fit(computed)
+    weights = training.sampling_weights(result.held_back.labels, result.held_back.photographs)
     limits = metrics.TEMPERATURES
     if limits[0] * 1.01 < result.temperature < limits[1] * 0.99:
-        again = metrics.temperature(labels[held_back], found, weights)
+        found = result.held_back
+        again = metrics.temperature(found.labels, found.probabilities, weights)
         assert again == pytest.approx(1, abs=0.01)  # nothing is left to gain
     assert limits[0] <= result.temperature <= limits[1]
+    # The model's own last layer was rescaled by the same.
+    kernel, bias = result.model.get_layer(PROBABILITY).get_weights()
+    assert kernel[0] * result.temperature == pytest.approx(2, abs=1)
 
 
-def test_fit_that_diverges_is_refused_with_the_learning_rate(pictures):
-    images, labels = pictures
-    rows = np.arange(40), np.arange(40, 60)
+def test_fit_that_diverges_is_refused_with_the_learning_rate(computed):
+    broken = former_cnn(SIZE)
+    head = broken.get_layer(PROBABILITY)
+    head.set_weights([np.full_like(weight, math.nan) for weight in head.get_weights()])
     with pytest.raises(PipelineError, match=r"diverged.*learning_rate, which is 0.02"):
-        training.fit(_broken_model(), images, labels, np.arange(60), *rows, SCHEDULE)
+        training.fit(broken, computed["former"], SCHEDULE)
 
 
-def _broken_model() -> keras.Model:
-    inputs = keras.Input((*SIZE, 1))
-    flat = keras.layers.Flatten()(inputs)
-    outputs = keras.layers.Dense(1, kernel_initializer=keras.initializers.Constant(np.nan))(flat)
-    return keras.Model(inputs, outputs)
-
-
-def test_litert_gives_what_keras_gives_for_any_batch(pictures):
-    images, _ = pictures
-    fitted = fit(pictures, epochs=2).model
+@pytest.mark.parametrize("kind", KINDS)
+def test_litert_gives_what_keras_gives_for_any_batch(pictures, computed, kind):
+    images = pictures.images
+    fitted = fit(computed, kind, epochs=2).model
     served = Classifier(model.to_litert(fitted), SIZE)
     expected = fitted.predict(images.astype("f"), verbose=0)[:, 0]
     np.testing.assert_allclose(served.probabilities(images), expected, atol=1e-5)
@@ -226,33 +247,51 @@ def test_litert_gives_what_keras_gives_for_any_batch(pictures):
 
 
 def test_saved_model_loads_without_custom_code(pictures, tmp_path):
-    images, _ = pictures
-    built = model.build(SIZE, HYPER)
+    built = build("block")
     built.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    batch = images[:4].astype("f")
+    batch = pictures.images[:4].astype("f")
     np.testing.assert_allclose(
         loaded.predict(batch, verbose=0), built.predict(batch, verbose=0), atol=1e-6
     )
+    # What is frozen is known of a model that was loaded.
+    assert len(loaded.trainable_weights) == len(built.trainable_weights)
 
 
-@pytest.mark.parametrize("size", [(60, 64), (64, 36)])
-def test_image_size_that_does_not_fit_the_layers_is_refused(size):
-    with pytest.raises(PipelineError, match="both must be multiples of 32"):
-        model.build(size, HYPER)
+@pytest.mark.parametrize(
+    ("size", "places"), [((16, 16), (16, 16)), ((60, 90), (16, 24)), ((300, 300), (19, 19))]
+)
+def test_any_image_size_will_do(size, places):
+    built = small_cnn(size)
+    picture = np.random.default_rng(0).integers(0, 256, (1, *size, 1), np.uint8)
+    probabilities, maps = Classifier(model.to_litert(built), size).examine(picture)
+    assert maps.shape == (1, *places)
+    expected = built.predict(picture.astype("f"), verbose=0)[:, 0]
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
-def test_map_is_the_evidence_that_the_probability_is_made_of(pictures):
-    images, _ = pictures
-    fitted = fit(pictures, epochs=2).model
-    probabilities, maps = Classifier(model.to_litert(fitted), SIZE).examine(images)
-    assert maps.shape == (60, 8, 8) and maps.min() >= 0
-    kernel, bias = fitted.get_layer(model.PROBABILITY).get_weights()
+def test_two_views_do_not_tell_a_picture_from_one_turned_by_180_degrees():
+    picture = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 1)).astype("f")
+    turned = picture[:, ::-1, ::-1]
+    for views, same in ((2, True), (1, False)):
+        built = model.build((64, 64), replace(HYPER, views=views))
+        before, after = (model.frozen(built)(one).numpy() for one in (picture, turned))
+        assert np.allclose(before, after[:, ::-1, ::-1], atol=1e-4) is same
+
+
+def test_map_is_the_evidence_that_the_probability_is_made_of(pictures, computed):
+    fitted = fit(computed, epochs=2).model
+    probabilities, maps = Classifier(model.to_litert(fitted), SIZE).examine(pictures.images)
+    assert maps.shape == (60, 16, 16) and maps.min() >= 0
+    kernel, bias = fitted.get_layer(PROBABILITY).get_weights()
     evidence = ((maps + 1e-3) ** model.POWER).mean((1, 2)) ** (1 / model.POWER)
-    log_odds = evidence * kernel[0, 0] + bias[0]
+    log_odds = evidence * kernel[0] + bias[0]
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-log_odds)), atol=1e-5)
 
 
-@pytest.mark.parametrize("filters", [s.filters for s in CONFIG.model_parameters.sets])
-def test_configured_models_are_small(filters):
-    assert model.build((128, 128), replace(HYPER, filters=filters)).count_params() < 100_000
+@pytest.mark.parametrize("hyper", CONFIG.model_parameters.sets, ids=lambda hyper: hyper.name)
+def test_configured_models_fit_few_weights(hyper):
+    built = model.build((128, 128), hyper)
+    assert built.count_params() < 800_000
+    fitted = sum(math.prod(weight.shape) for weight in built.trainable_weights)
+    assert fitted < (1000 if not hyper.tuned_blocks else 200_000)

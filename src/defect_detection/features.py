@@ -36,15 +36,17 @@ class Features:
     """Features of pictures as they are and of variants, row by row.
 
     Attributes:
-        values: float16 (m, height, width, channels), memory-mapped.
-        rows: (n,) the rows of `values` that are spoken of.
+        path: the file of values, float16 (m, height, width, channels).
+        shape: of these.
+        rows: (n,) the rows of the file that are spoken of.
         labels: float32 (n,), 1 = defect.
         pictures: (n,) the number of the picture that each was made from.
         photographs: (n,) the number of its photograph.
         varied: bool (n,), false of pictures as they are.
     """
 
-    values: np.ndarray
+    path: Path
+    shape: tuple[int, int, int, int]
     rows: np.ndarray
     labels: np.ndarray
     pictures: np.ndarray
@@ -55,8 +57,11 @@ class Features:
         return len(self.rows)
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Return values, float16 (k, height, width, channels)."""
-        return self.values[self.rows[numbers]]
+        """Return values, float16 (k, height, width, channels).
+
+        The file is mapped for each call: else what was read once counts as memory of the process.
+        """
+        return np.memmap(self.path, np.float16, "r", shape=self.shape)[self.rows[numbers]]
 
     def among(self, pictures: np.ndarray) -> "Features":
         """Return the features that were made from some of the pictures only."""
@@ -107,10 +112,10 @@ def compute(
         _delete_old(cache)
     except OSError as error:
         raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
-    values = np.memmap(path, np.float16, "r", shape=(len(planned.pictures), *shape))
     return Features(
-        values=values,
-        rows=np.arange(len(values)),
+        path=path,
+        shape=(len(planned.pictures), *shape),
+        rows=np.arange(len(planned.pictures)),
         labels=np.where(planned.blemished, 1, data.labels[planned.pictures]).astype(np.float32),
         pictures=planned.pictures,
         photographs=photographs[planned.pictures],

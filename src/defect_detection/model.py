@@ -72,7 +72,7 @@ def has_features(model: keras.Model) -> bool:
 
 def frozen(model: keras.Model) -> keras.Model:
     """Return the layers that keep their weights: pictures in, features out."""
-    return keras.Model(model.inputs, model.get_layer(FEATURES).output)
+    return keras.Model(model.input, model.get_layer(FEATURES).output)
 
 
 def fitted(model: keras.Model) -> keras.Model:

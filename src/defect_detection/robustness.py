@@ -88,7 +88,7 @@ def table(classifier: Classifier, pictures: np.ndarray, labels: np.ndarray) -> l
     """
     rows = []
     for name, disturb in DISTURBANCES.items():
-        probabilities = classifier.probabilities(_each(pictures, disturb))
+        probabilities = classifier.probabilities(disturbed(pictures, disturb))
         right = metrics.is_right(labels, probabilities, THRESHOLD)
         errors = metrics.errors(labels, probabilities, classifier.point)
         rows.append(Disturbed(name, float(right.mean()), errors.escapes, errors.overkill))
@@ -101,7 +101,7 @@ def repeatability(classifier: Classifier, pictures: np.ndarray) -> Repeatability
     verdict = metrics.is_defect(as_they_are, classifier.point.threshold)
     flipped = np.zeros(len(pictures), bool)
     for repeat in range(REPEATS):
-        again = classifier.probabilities(_each(pictures, _slightly, repeat))
+        again = classifier.probabilities(disturbed(pictures, _slightly, repeat))
         flipped |= metrics.is_defect(again, classifier.point.threshold) != verdict
     past = flipped & ~classifier.point.review(as_they_are)
     return Repeatability(
@@ -109,6 +109,7 @@ def repeatability(classifier: Classifier, pictures: np.ndarray) -> Repeatability
     )
 
 
-def _each(pictures: np.ndarray, disturb: Disturb, number: int = 0) -> np.ndarray:
+def disturbed(pictures: np.ndarray, disturb: Disturb, number: int = 0) -> np.ndarray:
+    """Disturb pictures, uint8 (n, height, width, 1); the same `number` gives the same."""
     rng = np.random.default_rng([SEED, number])
     return np.stack([disturb(picture[..., 0], rng) for picture in pictures])[..., np.newaxis]

@@ -132,10 +132,12 @@ def _measure(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     second = first[:, :, 1:] - first[:, :, :-1]
     fine = np.einsum("ijk,ijk->i", second, second) / second[0].size
     coarse = np.einsum("ijk,ijk->i", first, first) / first[0].size
-    rows = pictures.reshape(n, SIDE, height // SIDE, width).sum(2)
-    thumbnails = rows.reshape(n, -1, width // SIDE) @ np.full(
-        width // SIDE, SIDE**2 / (height * width), np.float32
-    )
+    # What does not make whole squares is left out, half of it at either edge.
+    tall, wide = height // SIDE, width // SIDE
+    top, left = (height - tall * SIDE) // 2, (width - wide * SIDE) // 2
+    inner = pictures[:, top : top + tall * SIDE, left : left + wide * SIDE]
+    rows = inner.reshape(n, SIDE, tall, wide * SIDE).sum(2)
+    thumbnails = rows.reshape(n, -1, wide) @ np.full(wide, 1 / (tall * wide), np.float32)
     light = thumbnails.sum(1) / SIDE**2  # a third of the time of mean()
     thumbnails -= light[:, np.newaxis]
     contrast = np.sqrt(np.einsum("ij,ij->i", thumbnails, thumbnails)) / SIDE

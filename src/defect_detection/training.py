@@ -15,7 +15,7 @@ from defect_detection.features import Features
 from defect_detection.model import keras, rescale, tf
 from defect_detection.settings import Schedule
 
-BATCH = 256  # of the pictures to validate on
+BATCH = 64  # of the pictures to validate on
 TUNING = 0.02  # learning rate of pretrained blocks, by that of what follows them
 MEASURED = 512  # variants that the mean and the deviation of the features are taken of
 
@@ -185,8 +185,6 @@ class _Fits:
             optimizer = keras.optimizers.AdamW(
                 _Scaled(rate, schedule.learning_rate * share),
                 weight_decay=schedule.weight_decay,
-                # Unclipped, some fits found nothing (docs/model-notes.md).
-                global_clipnorm=math.sqrt(len(self._columns[0])),
             )
             optimizer.build(variables)
             self._optimizers.append((optimizer, variables))
@@ -240,8 +238,9 @@ class _Fits:
         """Return the weights of the variants for a fit: 0 for its part, both classes the same."""
         labels = self._features.labels[self._varied]
         weights = (~np.isin(self._features.photographs[self._varied], part)).astype(np.float32)
+        half = weights.sum() / 2
         for label in (0, 1):
-            weights[labels == label] *= 0.5 * weights.sum() / weights[labels == label].sum()
+            weights[labels == label] *= half / weights[labels == label].sum()
         return weights
 
     def _epoch(self, epoch: int, number: int) -> Iterator[tuple]:
@@ -273,11 +272,22 @@ class _Fits:
             losses = weights * keras.ops.binary_crossentropy(targets, found)
             loss = tf.reduce_sum(tf.reduce_mean(losses, axis=0))
         every = [v for _, variables in self._optimizers for v in variables]
-        gradients = iter(tape.gradient(loss, [v.value for v in every]))
+        gradients = iter(self._clipped(tape.gradient(loss, [v.value for v in every])))
         for optimizer, variables in self._optimizers:
             optimizer.apply([next(gradients) for _ in variables], variables)
         right = weights * tf.cast((found >= metrics.THRESHOLD) == (targets == 1), tf.float32)
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(weights)])
+
+    def _clipped(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Shorten the gradient of each fit to length 1, unless it is shorter.
+
+        Unclipped, some fits found nothing (docs/model-notes.md).
+        """
+        if not self._at_once:
+            return tf.clip_by_global_norm(gradients, 1.0)[0]
+        squares = [tf.reduce_sum(tf.reshape(g, (-1, g.shape[-1])) ** 2, 0) for g in gradients]
+        length = tf.sqrt(tf.add_n(squares))  # of each fit's, which its last axis counts
+        return [g / tf.maximum(length, 1.0) for g in gradients]
 
     def _predict(self, numbers: np.ndarray) -> np.ndarray:
         return np.concatenate(
@@ -323,5 +333,5 @@ def _standardise(model: keras.Model, features: Features) -> None:
     some = varied[np.linspace(0, len(varied) - 1, min(MEASURED, len(varied))).astype(int)]
     values, begin = features.take(some).astype(np.float32), model.get_layer(network.FEATURES).output
     if layer.input is not begin:  # blocks that are tuned come between
-        values = keras.Model(begin, layer.input)(values).numpy()
+        values = keras.Model(begin, layer.input).predict(values, BATCH, verbose=0)
     layer.set_weights([values.mean((0, 1, 2)), values.var((0, 1, 2))])

@@ -1,0 +1,149 @@
+"""Features of pictures and their variants, computed once."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import draw_part, former_cnn, small_cnn
+from defect_detection import PipelineError, features
+from defect_detection import model as network
+from defect_detection.dataset import Dataset
+from defect_detection.settings import Sampling
+
+SIZE = (32, 32)
+PHOTOGRAPHS = np.array([0] * 20 + [1] * 2 + [2] * 8 + [3] * 10)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    rng = np.random.default_rng(0)
+    labels = (PHOTOGRAPHS < 2).astype(np.uint8)
+    drawn = [np.asarray(draw_part(rng, defect == 1, side=32)) for defect in labels]
+    names = tuple(str(number) for number in range(40))
+    return Dataset(np.stack(drawn)[..., np.newaxis], labels, names, names, "drawn", ())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_cnn(SIZE)
+
+
+def test_each_photograph_of_a_class_has_as_many_variants(pictures, model, tmp_path):
+    found = features.compute(model, pictures, PHOTOGRAPHS, Sampling(200, 0, tmp_path))
+    assert len(found) == 40 + 200
+    assert sorted(found.pictures[~found.varied]) == list(range(40))
+    own = pictures.labels[found.pictures] == found.labels
+    for photograph, of_class in ((0, 80), (1, 80), (2, 80), (3, 80)):
+        count = (found.varied & own & (found.photographs == photograph)).sum()
+        assert count == of_class / 2
+    blemished = found.varied & ~own
+    assert blemished.sum() == 40 and (found.labels[blemished] == 1).all()
+    assert set(found.photographs[blemished]) == {2, 3}
+
+
+def test_pictures_as_they_are_are_a_sample_with_many_photographs(pictures, model, monkeypatch):
+    monkeypatch.setattr(features, "MOST_AS_THEY_ARE", 6)
+    planned = features._plan(pictures.labels, PHOTOGRAPHS, 100, 0)
+    plain = PHOTOGRAPHS[planned.pictures[~planned.varied]]
+    assert np.bincount(plain).tolist() == [4, 2, 3, 3]
+    assert len(set(planned.pictures[~planned.varied])) == 12
+
+
+def test_features_are_what_the_pretrained_layers_give(pictures, model, tmp_path):
+    found = features.compute(model, pictures, PHOTOGRAPHS, Sampling(20, 0, tmp_path))
+    plain = np.flatnonzero(~found.varied)
+    expected = network.frozen(model)(pictures.images[found.pictures[plain]].astype("f")).numpy()
+    np.testing.assert_allclose(found.take(plain), expected, atol=0.05, rtol=1e-3)
+
+
+def test_of_a_model_without_pretrained_layers_the_variants_are_kept(pictures, tmp_path):
+    found = features.compute(former_cnn(SIZE), pictures, PHOTOGRAPHS, Sampling(20, 0, tmp_path))
+    plain = np.flatnonzero(~found.varied)
+    np.testing.assert_array_equal(found.take(plain), pictures.images[found.pictures[plain]])
+    varied = found.take(np.flatnonzero(found.varied))
+    assert varied.shape[1:] == (*SIZE, 1) and varied.min() >= 0 and varied.max() <= 255
+
+
+def test_computed_once_and_found_again(pictures, model, tmp_path, monkeypatch):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_batches", lambda *_: pytest.fail("computed again"))
+        again = features.compute(small_cnn(SIZE), pictures, PHOTOGRAPHS, sampling)
+    assert again.path == first.path
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+@pytest.mark.parametrize("change", ["pictures", "photographs", "weights", "seed", "variants"])
+def test_what_they_depend_on_names_them(pictures, model, tmp_path, change):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, PHOTOGRAPHS, sampling).path
+    data, photographs = pictures, PHOTOGRAPHS
+    if change == "pictures":
+        data = replace(pictures, digest="others")
+    elif change == "photographs":
+        photographs = np.arange(40)
+    elif change == "weights":
+        model = small_cnn(SIZE)
+        kernel, bias = model.get_layer("pretrained").get_layer("stem").get_weights()
+        model.get_layer("pretrained").get_layer("stem").set_weights([kernel * 1.01, bias])
+    else:
+        sampling = replace(sampling, **{change: 30})
+    assert features.compute(model, data, photographs, sampling).path != first
+
+
+def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, monkeypatch):
+    sampling = Sampling(200, 0, tmp_path / "whole")
+    whole = features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    sampling = replace(sampling, cache=tmp_path / "cut")
+    batches, begun_at = features._batches, []
+
+    def cut(layers, data, planned, seed, begun):
+        begun_at.append(begun)
+        for number, batch in enumerate(batches(layers, data, planned, seed, begun)):
+            if number == 3 and len(begun_at) == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(features, "_batches", cut)
+    with pytest.raises(KeyboardInterrupt):
+        features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    (part,) = (tmp_path / "cut").iterdir()
+    with part.open("ab") as file:
+        file.write(b"half a row")
+    found = features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    assert begun_at == [0, 3 * features.BATCH]
+    assert found.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_progress_is_told(pictures, model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(features, "SAY_AFTER", 0)
+    with caplog.at_level(logging.INFO):
+        features.compute(model, pictures, PHOTOGRAPHS, Sampling(100, 0, tmp_path))
+    assert "Features of pictures: 64 of 140, " in caplog.text
+
+
+def test_old_files_are_deleted(pictures, model, tmp_path):
+    for seed in range(features.FILES_KEPT + 2):
+        last = features.compute(model, pictures, PHOTOGRAPHS, Sampling(10, seed, tmp_path))
+    assert len(list(tmp_path.iterdir())) == features.FILES_KEPT
+    assert last.path.exists()
+
+
+def test_cache_that_cannot_be_written_is_one_line(pictures, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match=r"cannot be written \(Not a directory\)"):
+        features.compute(model, pictures, PHOTOGRAPHS, Sampling(10, 0, tmp_path / "file" / "x"))
+
+
+def test_features_of_some_of_the_pictures(pictures, model, tmp_path):
+    found = features.compute(model, pictures, PHOTOGRAPHS, Sampling(100, 0, tmp_path))
+    some = found.among(np.arange(20, 30))
+    assert set(some.pictures) == set(range(20, 30))
+    assert set(some.photographs) == {1, 2}
+    row = np.flatnonzero(some.pictures == 25)[:1]
+    np.testing.assert_array_equal(
+        some.take(row), found.take(np.flatnonzero(found.pictures == 25)[:1])
+    )
