@@ -1,14 +1,19 @@
 """re_train.py: where it starts from, what it registers."""
 
+import re
 import shutil
 
 import mlflow
+import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from conftest import ROOT, Project
-from defect_detection import settings
+from conftest import ROOT, Project, draw_part, encoded, former_cnn
+from defect_detection import model as network
+from defect_detection import registry, settings, tracking
+from defect_detection.metrics import PLAIN
+from defect_detection.scope import Scope
 from defect_detection.settings import RetrainConfig
 
 SCRIPT = "re_train/re_train.py"
@@ -117,6 +122,28 @@ def test_model_of_another_input_size_is_refused_with_both_sizes(retrained, learn
     last = retrained.fail(SCRIPT, "--data", learnable)
     assert "takes pictures of [64, 64]" in last
     assert "image_size is [128, 128]" in last
+
+
+def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnable):
+    project.configure_retraining(image_size=[64, 64], epochs=2, learning_rate=0.002)
+    rng = np.random.default_rng(0)
+    former = former_cnn((64, 64))
+    scope = Scope.of(rng.integers(0, 256, (20, 64, 64, 1), np.uint8))
+    with tracking.connected(f"sqlite:///{project.root}/mlflow.db"):
+        with mlflow.start_run(experiment_id=tracking.open_experiment("train/former")) as run:
+            litert, example = network.to_litert(former), encoded(draw_part(rng, True))
+            uri = tracking.log_model(former, litert, "none", PLAIN, scope, example)
+        version = registry.register(uri, run.info.run_id, 0.5, "", "Testing_Reg", {})
+        registry.set_alias(version, "re-train")
+        printed = project.succeed(SCRIPT, "--data", learnable)
+        assert "Starting from Testing_Reg version 1 (re-train)\n" in printed
+        assert "epoch 2 of 2" in printed
+        name = re.search(r"Registered as (\w+) version", printed)[1]
+        (newest,) = registry.versions(name)[-1:]
+        tuned = registry.load_keras(newest.uri, (64, 64))
+    assert [layer.name for layer in tuned.layers] == [layer.name for layer in former.layers]
+    moved = zip(former.trainable_weights, tuned.trainable_weights, strict=True)
+    assert all(np.abs(one.numpy() - other.numpy()).max() > 0 for one, other in moved)
 
 
 @pytest.mark.parametrize(

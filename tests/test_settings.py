@@ -42,8 +42,8 @@ def test_unknown_key_is_named_with_the_known_ones(broken):
 
 
 def test_missing_key_is_named_with_what_is_expected(broken):
-    message = broken(lambda c: c["model_parameters"].pop("epochs"))
-    assert "model_parameters.epochs is missing, expected a whole number, at least 1" in message
+    message = broken(lambda c: c["model_parameters"].pop("variants"))
+    assert "model_parameters.variants is missing, expected a whole number, at least 10" in message
 
 
 def test_missing_section_is_named_with_its_keys(broken):
@@ -54,10 +54,10 @@ def test_missing_section_is_named_with_its_keys(broken):
 @pytest.mark.parametrize(
     ("section", "key", "value", "expected"),
     [
-        ("model_parameters", "epochs", "12", 'epochs is "12", expected a whole number'),
-        ("model_parameters", "epochs", True, "epochs is true, expected a whole number"),
-        ("model_parameters", "epochs", 0, "epochs is 0, expected a whole number, at least 1"),
-        ("model_parameters", "epochs", 1.5, "epochs is 1.5, expected a whole number"),
+        ("model_parameters", "variants", "12", 'variants is "12", expected a whole number'),
+        ("model_parameters", "variants", True, "variants is true, expected a whole number"),
+        ("model_parameters", "variants", 0, "variants is 0, expected a whole number, at least 10"),
+        ("model_parameters", "variants", 1.5, "variants is 1.5, expected a whole number"),
         ("model_parameters", "sets", [], "sets is [], expected a list that is not empty"),
         ("model_parameters", "sets", None, "sets is null, expected a list that is not empty"),
         ("model_parameters", "image_size", [128], "image_size"),
@@ -75,8 +75,8 @@ def test_wrong_value_is_named_with_what_is_expected(broken, section, key, value,
 
 
 def test_wrong_value_inside_a_set_is_named_by_its_place(broken):
-    message = broken(lambda c: c["model_parameters"]["sets"][1].update(dropout="high"))
-    assert 'model_parameters.sets.1.dropout is "high", expected a number' in message
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(learning_rate="high"))
+    assert 'model_parameters.sets.1.learning_rate is "high", expected a number' in message
 
 
 def test_two_sets_of_one_name_are_refused(broken):
@@ -123,3 +123,8 @@ def test_relative_store_counts_from_the_projects_root(uri, expected, monkeypatch
 def test_unset_tracking_uri_is_named_with_what_to_write():
     with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI=sqlite"):
         settings.tracking_uri({})
+
+
+def test_more_blocks_than_there_are_is_one_line(broken):
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(blocks=10, tuned_blocks=3))
+    assert "sets.1: blocks and tuned_blocks are more than 11 together" in message

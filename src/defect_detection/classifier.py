@@ -34,7 +34,7 @@ class Verdict:
         review: whether a person should look: it is neither defect nor ok, or too near to the
             threshold.
         reason: why it is unknown or an error, else "".
-        evidence: of a defect at each place, float32 (height / 4, width / 4), 0 or more.
+        evidence: of a defect at each place, float32 (h, w) of the model's own, 0 or more.
     """
 
     verdict: str
@@ -127,13 +127,13 @@ class Classifier:
             pictures: uint8 (n, height, width, 1).
 
         Returns:
-            Probabilities, float32 (n,), and maps, float32 (n, height / 4, width / 4): the evidence
-            at each place, 0 or more; the probability grows with its power mean.
+            Probabilities, float32 (n,), and maps, float32 (n, h, w): the evidence at each
+            place, 0 or more; the probability grows with its power mean.
         """
+        if not len(pictures):
+            probabilities, maps = self._run(np.zeros((1, *self.image_size, 1), np.float32))
+            return probabilities[:0], maps[:0]
         parts = [self._run(batch) for batch in _batches(pictures)]
-        if not parts:
-            height, width = self.image_size
-            return np.empty(0, np.float32), np.empty((0, height // 4, width // 4), np.float32)
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     def judge(self, pictures: np.ndarray) -> list[Verdict]:

@@ -59,7 +59,7 @@ class Evaluated:
         test_digest: of the test pictures.
         labels: (n,), 1 = defect.
         probabilities: (n,) of a defect.
-        maps: (n, height / 4, width / 4), the evidence of a defect.
+        maps: (n, h, w), the evidence of a defect.
     """
 
     scores: Scores

@@ -11,6 +11,7 @@ from defect_detection.classifier import Classifier
 from defect_detection.metrics import THRESHOLD, Rate
 
 REPEATS = 10  # small disturbances of each picture
+MOST = 300  # pictures, spread over all: each is judged 18 times
 SEED = 0  # the same disturbances at every evaluation
 
 Disturb = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -76,6 +77,11 @@ DISTURBANCES: dict[str, Disturb] = {
     "rotated: 10 degrees": lambda picture, rng: _moved(picture, 10, (0, 0)),
     "recompressed: JPEG quality 30": lambda picture, rng: _recompressed(picture, 30),
 }
+
+
+def sample(count: int) -> np.ndarray:
+    """Return the numbers of up to `MOST` of `count` pictures, evenly spread."""
+    return np.linspace(0, count - 1, min(count, MOST)).astype(int)
 
 
 def table(classifier: Classifier, pictures: np.ndarray, labels: np.ndarray) -> list[Disturbed]:

@@ -30,7 +30,7 @@ def main() -> None:
         Project.cache = Path(folder) / "cache"
         project = Project(Path(folder) / "project")
         parameters = yaml.safe_load(settings.CONFIG_FILE.read_text())["model_parameters"]
-        parameters |= {"epochs": 1, "sets": parameters["sets"][:1]}
+        parameters |= {"variants": 200, "sets": [parameters["sets"][0] | {"epochs": 1}]}
         project.configure(lambda config: config["model_parameters"].update(parameters))
         project.configure(lambda config: config["mlflow"].update(evaluation_threshold=0.0))
         sample.draw_all(project.data, 0, DRAWN)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/inference_speed.py
 
-All in one run, with the layers of the set `wide` at 128 x 128, on the real castings where they are
-and else on as many drawn pictures. The weights are new ones, which take the same time.
+All in one run, with the first set of src/config.yaml at its image size, on the real castings where
+they are and else on as many drawn pictures. The weights are new ones, which take the same time.
 """
 
 import os
@@ -22,8 +22,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "data", "tests")]
 import numpy as np  # noqa: E402
 
 PICTURES = 5734
-MANY, FEW = 100_000, 1_000
-SET = "wide"
+MANY, FEW = 20_000, 1_000
 PRODUCTION = "models:/Production_Reg@prod"
 REPEATS = 5
 MEMORY = (
@@ -48,7 +47,7 @@ if sys.argv[2] == "registry":
 else:
     model = keras.models.load_model(sys.argv[1] + "/data/model.keras", compile=False)
 def load(path):
-    picture = keras.utils.load_img(path, color_mode="grayscale", target_size=(128, 128))
+    picture = keras.utils.load_img(path, color_mode="grayscale", target_size=model.input_shape[1:3])
     return keras.utils.img_to_array(picture)[np.newaxis]
 if sys.argv[2] in ("one", "registry"):
     print(model.predict(load(sys.argv[3]), verbose=0))
@@ -64,8 +63,8 @@ elif sys.argv[2] == "loop":
 else:
     started = time.perf_counter()
     pictures = keras.utils.image_dataset_from_directory(
-        sys.argv[3], labels=None, color_mode="grayscale", image_size=(128, 128), shuffle=False,
-        batch_size=64, verbose=False)
+        sys.argv[3], labels=None, color_mode="grayscale", shuffle=False,
+        image_size=model.input_shape[1:3], batch_size=64, verbose=False)
     found = model.predict(pictures, verbose=0)
     print(len(found) / (time.perf_counter() - started))
 """
@@ -122,8 +121,7 @@ def register(folder: str, paths: list[str]) -> None:
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
     parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
-    (hyper,) = (one for one in parameters.sets if one.name == SET)
-    built = cnn.build(parameters.image_size, hyper)
+    built = cnn.build(parameters.image_size, parameters.sets[0])
     scope = Scope.of(np.stack([images.decode(Path(p), parameters.image_size) for p in paths]))
     with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
         with mlflow.start_run(experiment_id=tracking.open_experiment("train/benchmark")) as run:
@@ -158,8 +156,8 @@ def one_picture(model: Path, path: Path) -> None:
     keras = 1e3 * float(with_keras(model, "loop", path))
     alone, judged, decoded = milliseconds
     print(f"one picture, pixels in memory: {judged:.3f} ms; decoding its JPEG too {decoded:.3f} ms")
-    print(f"  bare interpreter {alone:.3f} ms: {judged / alone:.2f} x of it (at most 1.5)")
-    print(f"  keras.predict {keras:.1f} ms: {keras / judged:.0f} x as fast (at least 100)")
+    print(f"  bare interpreter {alone:.3f} ms: {judged / alone:.2f} x of it (at most 1.3)")
+    print(f"  keras.predict {keras:.1f} ms: {keras / judged:.0f} x as fast")
 
 
 def medians(*calls: Callable[[], object]) -> list[float]:
@@ -184,28 +182,41 @@ def with_keras(model: Path, what: str, pictures: Path) -> str:
 def throughput(model: Path, pictures: Path, paths: list[Path], folder: Path) -> None:
     """Compare pictures a second with TensorFlow's and with those of decoding alone."""
     from defect_detection import images
+    from defect_detection.classifier import Classifier
 
+    classifier = Classifier.load(model, threads=1)
+    ready = np.zeros((16, *classifier.image_size, 1), np.float32)
     chunks = [paths[start : start + 16] for start in range(0, len(paths), 16)]
 
     def decode(chunk: list[Path]) -> None:
         for path in chunk:
-            images.decode(path, (128, 128))
+            images.decode(path, classifier.image_size)
 
-    ours, decoding, keras = [], [], []
-    for _ in range(3):
+    def invoke(_: list[Path]) -> None:
+        with classifier._interpreter() as bare:
+            bare.run(ready)
+
+    def rate_of(work: Callable[[list[Path]], None], some: list[list[Path]]) -> float:
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(decode, chunks))
-        decoding.append(len(paths) / (time.perf_counter() - started))
+            list(pool.map(work, some))
+        return 16 * len(some) / (time.perf_counter() - started)
+
+    ours, decoding, bare, keras = [], [], [], []
+    for _ in range(3):
+        decoding.append(rate_of(decode, chunks))
+        bare.append(rate_of(invoke, chunks[:100]))
         started = time.perf_counter()
         infer(pictures, "--model", model, "--csv", folder / "rows.csv")
         ours.append(len(paths) / (time.perf_counter() - started))
         keras.append(float(with_keras(model, "folder", pictures)))
-    rate, alone, through = map(statistics.median, (ours, decoding, keras))
+    rate, alone, run, through = map(statistics.median, (ours, decoding, bare, keras))
+    allowed = 1 / (1 / alone + 1 / run)
     print(f"{len(paths)} JPEG files to a CSV, whole process: {rate:.0f} pictures/s")
     print(f"  image_dataset_from_directory and predict, import left out: {through:.0f} pictures/s:")
-    print(f"  {rate / through:.1f} x as fast (at least 3)")
-    print(f"  decoding alone {alone:.0f} pictures/s: {rate / alone:.0%} of it (at least 50%)")
+    print(f"  {rate / through:.1f} x as fast")
+    print(f"  decoding alone {alone:.0f} pictures/s, the bare interpreter {run:.0f}: both together")
+    print(f"  allow {allowed:.0f}, of which this is {rate / allowed:.0%} (at least 80%)")
 
 
 def infer(*arguments: object, **options: object) -> subprocess.CompletedProcess:

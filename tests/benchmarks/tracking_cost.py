@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from defect_detection import audit, model, settings, tracking, training  # noqa: E402
+from defect_detection import audit, features, model, settings, tracking, training  # noqa: E402
 
 DRAWN = {"train": {"def_front": 32, "ok_front": 32}, "test": {"def_front": 1, "ok_front": 1}}
 
@@ -30,12 +30,12 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     config = settings.read_yaml(settings.CONFIG_FILE, settings.Config)
     parameters = config.model_parameters
-    parameters = replace(parameters, patience=parameters.epochs)  # all epochs, with and without
+    parameters = replace(parameters, variants=100)
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
         sample.draw_all(pictures, 0, DRAWN)
         split = audit.load(pictures, parameters.image_size, Path(folder) / "cache")
-        data, rows = split.training, split.hold_back(parameters.validation_share, parameters.seed)
+        data, photographs = split.training, split.training_photographs
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
         with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
@@ -44,20 +44,20 @@ def main() -> None:
             for hyper in parameters.sets:
                 training.make_deterministic(parameters.seed)
                 started = time.perf_counter()
-                training.fit(
-                    model.build(parameters.image_size, hyper),
-                    data.images,
-                    data.labels,
-                    split.training_photographs,
-                    *rows,
-                    parameters.schedule(hyper),
-                )
+                made = model.build(parameters.image_size, hyper)
+                sampling = parameters.sampling(Path(folder) / hyper.name)
+                computed = features.compute(made, data, photographs, sampling)
+                training.fit(made, computed, parameters.schedule(hyper))
                 fitted += time.perf_counter() - started
-                one = replace(config, model_parameters=replace(parameters, sets=[hyper]))
+                one = replace(
+                    config,
+                    model_parameters=replace(parameters, sets=[hyper]),
+                    paths=replace(config.paths, cache=f"{folder}/{hyper.name}-tracked"),
+                )
                 started = time.perf_counter()
                 train.fit_sets(one, split, pictures, experiment, "cpu")
                 tracked += time.perf_counter() - started
-    print(f"{len(parameters.sets)} sets of {parameters.epochs} epochs, {len(data)} pictures")
+    print(f"{len(parameters.sets)} sets, {len(data)} pictures")
     print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")
 
 
