@@ -1,6 +1,8 @@
 """Features of pictures and their variants, computed once."""
 
 import logging
+import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +132,15 @@ def test_old_files_are_deleted(pictures, model, tmp_path):
         last = features.compute(model, pictures, PHOTOGRAPHS, Sampling(10, seed, tmp_path))
     assert len(list(tmp_path.iterdir())) == features.FILES_KEPT
     assert last.path.exists()
+
+
+def test_what_was_interrupted_is_kept_for_a_day(pictures, model, tmp_path):
+    for name, hours in (("new", 1), ("old", 25)):
+        (tmp_path / f"features-{name}.part").touch()
+        then = time.time() - hours * 3600
+        os.utime(tmp_path / f"features-{name}.part", (then, then))
+    features.compute(model, pictures, PHOTOGRAPHS, Sampling(10, 0, tmp_path))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["features-new.part"]
 
 
 def test_cache_that_cannot_be_written_is_one_line(pictures, model, tmp_path):

@@ -28,6 +28,7 @@ MOST_AS_THEY_ARE = 1000  # pictures of a class that are held back in turn, to ch
 # Shares of the variants; of what is learned from, half is weighed as defects all the same.
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts that get a blemish
 FILES_KEPT = 3
+PART, PART_KEPT = ".part", 24 * 3600  # of a computation that was interrupted; seconds
 SAY_AFTER = 15  # seconds
 
 
@@ -97,7 +98,8 @@ def compute(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # One process at a time computes them; others wait and find them.
-        with path.with_suffix(".part").open("ab") as file:
+        part = path.with_suffix(PART)
+        with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not path.exists():
                 begun = file.tell() // (BATCH * bytes_each) * BATCH
@@ -105,9 +107,9 @@ def compute(
                 for values in _batches(layers, data, planned, seed, begun):
                     file.write(np.ascontiguousarray(values, np.float16))
                 file.flush()
-                path.with_suffix(".part").rename(path)
+                part.rename(path)
             else:
-                path.with_suffix(".part").unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
         path.touch()
         _delete_old(cache)
     except OSError as error:
@@ -178,14 +180,20 @@ def _batches(
     """Compute the features from row `begun` on; the same seed gives the same."""
     augment = Augmentation(data.images.shape[1:3])
 
-    @tf.function(reduce_retracing=True)
-    def run(images: tf.Tensor, varied: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor):  # noqa: ANN202
+    def run(
+        images: tf.Tensor, varied: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor
+    ) -> tf.Tensor:
         images = tf.cast(images, tf.float32)
-        if tf.reduce_any(varied):
-            kept = tf.reshape(varied, (-1, 1, 1, 1))
-            images = tf.where(kept, augment(images, blemished, seed), images)
+        images = tf.cond(
+            tf.reduce_any(varied),
+            lambda: tf.where(
+                tf.reshape(varied, (-1, 1, 1, 1)), augment(images, blemished, seed), images
+            ),
+            lambda: images,
+        )
         return tf.cast(images if layers is None else layers(images, training=False), tf.float16)
 
+    run = tf.function(run, reduce_retracing=True, autograph=False)
     count = len(planned.pictures)
     said = started = time.monotonic()
     for start in range(begun, count, BATCH):
@@ -204,6 +212,9 @@ def _batches(
 
 
 def _delete_old(cache: Path) -> None:
-    found = [path for path in cache.glob("features-*") if path.suffix != ".part"]
-    for old in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[FILES_KEPT:]:
+    """Keep the files that were used last, and what was interrupted not long ago."""
+    found = sorted(cache.glob("features-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    whole = [path for path in found if path.suffix != PART]
+    stale = [p for p in found if p.suffix == PART and time.time() - p.stat().st_mtime > PART_KEPT]
+    for old in whole[FILES_KEPT:] + stale:
         old.unlink(missing_ok=True)

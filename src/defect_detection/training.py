@@ -188,7 +188,7 @@ class _Fits:
             )
             optimizer.build(variables)
             self._optimizers.append((optimizer, variables))
-        self._step = tf.function(self._one_step, reduce_retracing=True)
+        self._step = tf.function(self._one_step, reduce_retracing=True, autograph=False)
         self._states = [self._state() for _ in self._columns]
 
     def run(self, epoch: int) -> dict[str, float]:
