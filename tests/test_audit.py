@@ -283,7 +283,7 @@ def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project,
         rows[name] = f"{path.parent}{int(path.stem[-3:]) // 3}"
     write_mapping(data / "groups.csv", "path", "photo", rows)
     project.configure(
-        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:2], epochs=3)
+        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:2])
     )
     printed = project.succeed("src/train.py", "--data", data, "--folds", 2)
     assert printed.count("fold 2 of 2: 24 pictures of 8 photographs") == 2

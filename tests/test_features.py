@@ -117,7 +117,9 @@ def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, m
         file.write(b"half a row")
     found = features.compute(model, pictures, PHOTOGRAPHS, sampling)
     assert begun_at == [0, 3 * features.BATCH]
-    assert found.path.read_bytes() == whole.path.read_bytes()
+    every = np.arange(len(whole))
+    # Not bit by bit: how TensorFlow divides a sum among threads may depend on how busy they are.
+    np.testing.assert_allclose(found.take(every), whole.take(every), rtol=2e-3, atol=2e-3)
 
 
 def test_progress_is_told(pictures, model, tmp_path, monkeypatch, caplog):

@@ -233,14 +233,19 @@ def test_no_threshold_that_keeps_the_rate_rejects_fewer_good_parts(case, rate):
     for other in map(at, [*probabilities.tolist(), 1.1]):
         if other.escapes.count <= rate * other.escapes.of:
             assert chosen.overkill.count <= other.overkill.count
+            if chosen.overkill.count == other.overkill.count:
+                assert chosen.escapes.count <= other.escapes.count
 
 
 def test_threshold_lies_half_way_in_the_gap():
     labels, odds = np.array([1, 1, 0, 0]), np.array([3.0, 1.0, -2.0, -4.0])
     found = metrics.choose_threshold(labels, expit(odds).astype(np.float32), 0)
     assert found == pytest.approx(expit(-0.5), rel=1e-6)
+    # No good part lies between the defects: to let one through would win nothing.
+    assert metrics.choose_threshold(labels, expit(odds).astype(np.float32), 0.5) == found
+    labels, odds = np.array([1, 0, 1, 0]), np.array([3.0, 2.0, 1.0, -4.0])
     found = metrics.choose_threshold(labels, expit(odds).astype(np.float32), 0.5)
-    assert found == pytest.approx(expit(2), rel=1e-6)
+    assert found == pytest.approx(expit(2.5), rel=1e-6)
 
 
 @given(judged(), rates, rates)

@@ -398,10 +398,11 @@ def operating_point(
 def choose_threshold(
     labels: np.ndarray, probabilities: np.ndarray, max_escape_rate: float
 ) -> float:
-    """Return the highest threshold that lets no more than a share of the defects through.
+    """Return the threshold that rejects the fewest good parts and lets no more defects through.
 
-    It lies in the gap below the lowest defect that must be found, half-way in log-odds to the
-    next picture, so that neither is nearer to it than need be.
+    Of all thresholds that let no more than a share of the defects through, it rejects the fewest
+    good parts, and of those that reject as few it lets the fewest defects through: it lies in the
+    gap above the highest good part that passes, half-way in log-odds to the next defect.
 
     Args:
         labels: (n,), 1 = defect; there must be one.
@@ -409,15 +410,16 @@ def choose_threshold(
         max_escape_rate: in [0, 1).
     """
     defects = np.sort(probabilities[labels == 1])
-    found = defects[int(max_escape_rate * len(defects))]
-    below = probabilities[probabilities < found]
-    if not len(below):
-        return float(found)
-    next_below = below.max()
-    half_way = 1 / (1 + np.exp(-(_log_odds(found) + _log_odds(next_below)) / 2))
+    highest = defects[int(max_escape_rate * len(defects))]
+    good = probabilities[(labels != 1) & (probabilities < highest)]
+    if not len(good):
+        return float(defects[0])
+    passes = good.max()
+    found = defects[defects > passes][0]
+    half_way = 1 / (1 + np.exp(-(_log_odds(found) + _log_odds(passes)) / 2))
     # As a float32, like the probabilities: else one picture and a batch could differ by rounding.
     half_way = np.float32(half_way)
-    return float(half_way if next_below < half_way <= found else found)
+    return float(half_way if passes < half_way <= found else found)
 
 
 def compare(
