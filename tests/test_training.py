@@ -185,11 +185,9 @@ def test_each_epoch_is_reported_with_its_metrics(computed):
 def test_each_class_and_each_photograph_weighs_as_much():
     labels = np.array([1, 1, 1, 1, 0, 0, 0])
     photographs = np.array([5, 5, 5, 8, 5, 9, 9])  # photograph 5 has pictures of both labels
-    chances = training.sampling_weights(labels, photographs)
+    chances = training.photograph_weights(labels, photographs)
     expected = [1 / 12, 1 / 12, 1 / 12, 1 / 4, 1 / 4, 1 / 8, 1 / 8]
     np.testing.assert_allclose(chances, expected, rtol=1e-12)
-    fewer = training.sampling_weights(labels, photographs, defects=0.2)
-    assert fewer[:4].sum() == pytest.approx(0.2) and fewer.sum() == pytest.approx(1)
 
 
 def test_both_classes_weigh_the_same_and_what_is_held_back_nothing(computed):
@@ -212,7 +210,7 @@ def test_every_fit_learns_from_its_share_in_an_epoch(computed):
 
 def test_probabilities_are_calibrated_by_the_pictures_held_back(computed):
     result = fit(computed)
-    weights = training.sampling_weights(result.held_back.labels, result.held_back.photographs)
+    weights = training.photograph_weights(result.held_back.labels, result.held_back.photographs)
     limits = metrics.TEMPERATURES
     if limits[0] * 1.01 < result.temperature < limits[1] * 0.99:
         found = result.held_back

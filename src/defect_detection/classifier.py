@@ -20,7 +20,7 @@ from defect_detection.scope import Scope
 FLAVOUR = "litert"
 MODEL_FILE, SCOPE_FILE = "model.tflite", "scope.npz"
 PROBABILITY, MAP = "defect_probability", "defect_map"  # outputs of the LiteRT model
-BATCH = 64
+BATCH = 16
 
 
 @dataclass(frozen=True)

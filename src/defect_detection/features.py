@@ -23,7 +23,7 @@ from defect_detection.settings import Sampling
 
 log = logging.getLogger(__name__)
 
-BATCH = 32
+BATCH = 16
 MOST_AS_THEY_ARE = 1000  # pictures of a class that are held back in turn, to choose and calibrate
 # Shares of the variants; of what is learned from, half is weighed as defects all the same.
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts that get a blemish
@@ -164,7 +164,7 @@ def _evenly(
 
 def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
     total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
-    total.update(repr((data.digest, data.images.shape, seed)).encode())
+    total.update(repr((data.digest, data.images.shape, seed, BATCH)).encode())
     for array in (planned.pictures, planned.varied, planned.blemished):
         total.update(array.tobytes())
     if layers is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Largest difference of a probability that is allowed, by what the weights are kept as.
 TOLERANCES = {"none": 1e-4, "float16": 5e-3, "int8": 5e-2}
-BATCH = 64
+BATCH = 16
 
 
 @dataclass(frozen=True)

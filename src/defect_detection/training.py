@@ -15,7 +15,7 @@ from defect_detection.features import Features
 from defect_detection.model import keras, rescale, tf
 from defect_detection.settings import Schedule
 
-BATCH = 64  # of the pictures to validate on
+BATCH = 32  # of the pictures to validate on
 TUNING = 0.02  # learning rate of pretrained blocks, by that of what follows them
 MEASURED = 512  # variants that the mean and the deviation of the features are taken of
 
@@ -99,7 +99,7 @@ def fit(
     labels, photographs = features.labels[plain], features.photographs[plain]
     parts = dataset.validation_parts(labels, photographs, schedule.validation_share, schedule.seed)
     fits = _Fits(model, features, schedule, [np.unique(photographs[part]) for part in parts])
-    weights = sampling_weights(labels, photographs)
+    weights = photograph_weights(labels, photographs)
     history: dict[str, list[float]] = {}
     best_epoch, lowest = None, math.inf
     for epoch in range(1, schedule.epochs + 1):
@@ -127,19 +127,17 @@ def fit(
     return TrainingResult(model, best_epoch, history, temperature, held_back, len(parts), seconds)
 
 
-def sampling_weights(
-    labels: np.ndarray, photographs: np.ndarray, defects: float = 0.5
-) -> np.ndarray:
+def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarray:
     """Return weights (n,) that sum to 1, the same for each photograph of a class.
 
-    `defects` is the share of the defects together.
+    Both classes have the same.
     """
     _, of, pictures = np.unique(
         np.stack([labels, photographs]), axis=1, return_inverse=True, return_counts=True
     )
     each = 1 / pictures[of.reshape(-1)]
-    for label, share in ((0, 1 - defects), (1, defects)):
-        each[labels == label] *= share / each[labels == label].sum()
+    for label in (0, 1):
+        each[labels == label] /= 2 * each[labels == label].sum()
     return each
 
 

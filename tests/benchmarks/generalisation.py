@@ -100,15 +100,26 @@ def main() -> None:
 
 def table(results: dict) -> str:
     """Make the table of README from what docs/benchmark.json holds."""
-    columns = [results[name] for name in ("ours_128", "ours_256", "former", "tutorial")]
-    seeds = len({one["seed"] for one in columns[0]})
+    names = {
+        "ours_128": "128 x 128",
+        "ours_256": "256 x 256",
+        "former": "the former CNN, from scratch",
+        "tutorial": "a tutorial's CNN",
+    }
+    columns = [results[name] for name in names]
+
+    def seeds(lines: list[dict]) -> str:
+        count = len({one["seed"] for one in lines})
+        return f"{count} seed{'s' if count > 1 else ''}"
 
     def row(name: str, value: Callable[[list[dict]], float]) -> tuple[str, ...]:
         return (name, *(f"{value(lines):.3f}" for lines in columns))
 
     rows = [
-        (f"castings never seen: {FOLDS} folds, {seeds} seeds", "128 x 128", "256 x 256")
-        + ("the former CNN, from scratch", "a tutorial's CNN"),
+        (
+            f"castings never seen: {FOLDS} folds",
+            *(f"{name}, {seeds(results[key])}" for key, name in names.items()),
+        ),
         ("---",) * 5,
         *(
             row(name, lambda lines, figure=figure: mean(lines, figure))
