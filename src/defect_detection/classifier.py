@@ -20,7 +20,7 @@ from defect_detection.scope import Scope
 FLAVOUR = "litert"
 MODEL_FILE, SCOPE_FILE = "model.tflite", "scope.npz"
 PROBABILITY, MAP = "defect_probability", "defect_map"  # outputs of the LiteRT model
-BATCH = 16
+BATCH = 1  # what a core keeps near it: with 16 each picture takes half as long again
 
 
 @dataclass(frozen=True)
