@@ -172,10 +172,7 @@ def split_validation(
         ]
         if found:
             return min(found, key=lambda one: one[0])[1]
-    raise PipelineError(
-        f"Too few photographs to hold {share:.0%} of the pictures back: "
-        f"{_photographs_of_each(labels, photographs)}"
-    )
+    raise _too_few_to_hold_back(labels, photographs, share)
 
 
 def validation_parts(
@@ -199,10 +196,7 @@ def validation_parts(
         made = _group_folds(labels, photographs, count, seed)
         if made and all(set(labels[side]) == {0, 1} for rows in made for side in rows):
             return [held_back for _, held_back in made]
-    raise PipelineError(
-        f"Too few photographs to hold {share:.0%} of the pictures back: "
-        f"{_photographs_of_each(labels, photographs)}"
-    )
+    raise _too_few_to_hold_back(labels, photographs, share)
 
 
 def folds(
@@ -237,6 +231,15 @@ def _group_folds(
 
 def _distance(labels: np.ndarray, held_back: np.ndarray, share: float) -> float:
     return max(abs((labels[held_back] == c).sum() / (labels == c).sum() - share) for c in (0, 1))
+
+
+def _too_few_to_hold_back(
+    labels: np.ndarray, photographs: np.ndarray, share: float
+) -> PipelineError:
+    return PipelineError(
+        f"Too few photographs to hold {share:.0%} of the pictures back: "
+        f"{_photographs_of_each(labels, photographs)}"
+    )
 
 
 def _photographs_of_each(labels: np.ndarray, photographs: np.ndarray) -> str:

@@ -99,10 +99,7 @@ def fit(
         print(f"  epoch {epoch} of {schedule.epochs}: {shown}", flush=True)
         on_epoch(epoch)
 
-    mlflow.log_params(
-        asdict(schedule)
-        | {"image_size": list(data.images.shape[1:3]), "variants": sampling.variants}
-    )
+    _log_fit(schedule, sampling, data.images)
     with devices.chosen(device, make_model, data.images, data.labels) as chosen:
         mlflow.set_tags(chosen.tags())
         training.make_deterministic(schedule.seed)
@@ -146,6 +143,12 @@ def fit(
     )
 
 
+def _log_fit(schedule: Schedule, sampling: Sampling, images: np.ndarray) -> None:
+    mlflow.log_params(
+        asdict(schedule) | {"image_size": list(images.shape[1:3]), "variants": sampling.variants}
+    )
+
+
 @dataclass(frozen=True)
 class CrossValidated:
     """Scores of each fold's pictures, and of its photographs by the mean of their pictures."""
@@ -175,10 +178,7 @@ def cross_validate(
     from defect_detection import devices, features, model, training  # TensorFlow, as in `fit`
 
     data, photographs = split.training, split.training_photographs
-    mlflow.log_params(
-        asdict(schedule)
-        | {"image_size": list(data.images.shape[1:3]), "variants": sampling.variants}
-    )
+    _log_fit(schedule, sampling, data.images)
     found = CrossValidated(name, [], [])
     divided = dataset.folds(data.labels, photographs, folds, schedule.seed)
     with devices.chosen(device, make_model, data.images, data.labels) as chosen:
