@@ -107,23 +107,31 @@ def test_calibration_error_of_a_known_case():
     assert metrics.calibration_error(labels, probabilities) == pytest.approx(expected, abs=1e-12)
 
 
-def test_temperature_undoes_what_was_done_to_the_log_odds():
+def test_calibration_undoes_what_was_done_to_the_log_odds():
     rng = np.random.default_rng(0)
     log_odds = rng.normal(0, 2, 20_000)
     labels = (rng.random(20_000) < expit(log_odds)).astype(int)
-    for factor in (1, 2.5, 0.6):
-        found = metrics.temperature(labels, expit(log_odds * factor), np.ones(20_000))
-        assert found == pytest.approx(factor, rel=0.05)
+    for scale, shift in ((1, 0), (2.5, -1), (0.6, 0.8)):
+        raw = expit(log_odds * scale + shift)
+        found = metrics.calibration(labels, raw, np.ones(20_000))
+        assert found.scale == pytest.approx(1 / scale, rel=0.05)
+        assert found.shift == pytest.approx(-shift / scale, abs=0.06)
+        np.testing.assert_allclose(found.apply(raw), expit(log_odds), atol=0.02)
 
 
-def test_temperature_stays_in_its_limits_where_all_is_right_or_all_is_wrong():
+def test_calibration_counts_by_weight():
+    labels, raw = np.array([1, 0, 1, 0]), np.array([0.7, 0.7, 0.3, 0.3])
+    found = metrics.calibration(labels, raw, np.array([3.0, 1.0, 1.0, 3.0]))
+    np.testing.assert_allclose(found.apply(raw), [0.75, 0.75, 0.25, 0.25], atol=1e-3)
+
+
+def test_calibration_stays_in_its_limits_where_all_is_right_or_all_is_wrong():
     labels = np.array([0, 1])
-    low, high = metrics.TEMPERATURES
-    assert metrics.temperature(labels, np.array([0.0, 1.0]), np.ones(2)) >= low
-    assert metrics.temperature(labels, np.array([0.1, 0.9]), np.ones(2)) == pytest.approx(low, 0.01)
-    assert metrics.temperature(labels, np.array([1.0, 0.0]), np.ones(2)) == pytest.approx(
-        high, 0.01
-    )
+    low, high = metrics.SCALES
+    for raw, scale in (([0.1, 0.9], high), ([0.9, 0.1], low), ([0.0, 1.0], None)):
+        found = metrics.calibration(labels, np.array(raw), np.ones(2))
+        assert found.scale == pytest.approx(scale) if scale else low <= found.scale <= high
+        assert found.shift == pytest.approx(0, abs=0.01)
 
 
 @pytest.mark.parametrize("of", [1, 3, 58, 715])

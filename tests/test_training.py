@@ -6,6 +6,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from scipy.special import logit
 
 from conftest import draw_part, former_cnn, small_cnn
 from defect_detection import PipelineError, features, metrics, model, settings, training
@@ -97,11 +98,8 @@ def test_each_picture_is_judged_by_a_fit_that_saw_nothing_of_its_photograph(
     monkeypatch.setattr(training.dataset, "validation_parts", lambda *_: parts)
     truly, lied = (training.fit(build(kind), one, schedule) for one in (told, lied))
     first = parts[0]  # its fit saw the photographs from 15 on only
-    ratio = truly.temperature / lied.temperature
     np.testing.assert_allclose(
-        metrics.sharpened(lied.held_back.probabilities[first], 1 / ratio),
-        truly.held_back.probabilities[first],
-        atol=1e-5,
+        uncalibrated(lied)[first], uncalibrated(truly)[first], rtol=1e-3, atol=1e-3
     )
 
 
@@ -208,18 +206,35 @@ def test_every_fit_learns_from_its_share_in_an_epoch(computed):
     assert sum(map(len, seen)) == pytest.approx(told.varied.sum(), abs=3)
 
 
-def test_probabilities_are_calibrated_by_the_pictures_held_back(computed):
-    result = fit(computed)
-    weights = training.photograph_weights(result.held_back.labels, result.held_back.photographs)
-    limits = metrics.TEMPERATURES
-    if limits[0] * 1.01 < result.temperature < limits[1] * 0.99:
-        found = result.held_back
-        again = metrics.temperature(found.labels, found.probabilities, weights)
-        assert again == pytest.approx(1, abs=0.01)  # nothing is left to gain
-    assert limits[0] <= result.temperature <= limits[1]
-    # The model's own last layer was rescaled by the same.
-    kernel, bias = result.model.get_layer(PROBABILITY).get_weights()
-    assert kernel[0] * result.temperature == pytest.approx(2, abs=1)
+def uncalibrated(result):
+    """Return the log-odds of the held-back pictures as the fits gave them."""
+    done = result.calibration
+    return (logit(result.held_back.probabilities) - done.shift) / done.scale
+
+
+def test_probabilities_are_calibrated_by_the_pictures_held_back(computed, monkeypatch):
+    asked, calibrate = [], metrics.calibration
+
+    def known(*arguments):
+        asked.append(arguments)
+        return metrics.Calibration(1, 0)
+
+    monkeypatch.setattr(metrics, "calibration", known)
+    raw = fit(computed)
+    monkeypatch.undo()
+    done = fit(computed)
+    found = raw.held_back
+    labels, probabilities, weights = asked[0]
+    assert (labels == found.labels).all() and (probabilities == found.probabilities).all()
+    assert (weights == training.photograph_weights(labels, found.photographs)).all()
+    assert done.calibration == calibrate(*asked[0])
+    np.testing.assert_allclose(uncalibrated(done), logit(found.probabilities), atol=1e-3)
+    # The model's own last layer was changed by the same.
+    kernel, bias = raw.model.get_layer(PROBABILITY).get_weights()
+    scaled, moved = done.model.get_layer(PROBABILITY).get_weights()
+    np.testing.assert_allclose(scaled, done.calibration.scale * kernel, rtol=1e-5)
+    expected = done.calibration.scale * bias + done.calibration.shift
+    np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 
 def test_fit_that_diverges_is_refused_with_the_learning_rate(computed):
@@ -275,6 +290,14 @@ def test_two_views_do_not_tell_a_picture_from_one_turned_by_180_degrees():
         built = model.build((64, 64), replace(HYPER, views=views))
         before, after = (model.frozen(built)(one).numpy() for one in (picture, turned))
         assert np.allclose(before, after[:, ::-1, ::-1], atol=1e-4) is same
+
+
+def test_finest_grain_is_smoothed_away():
+    layers = model.frozen(small_cnn((256, 256)))
+    grain = 20 * (np.indices((256, 256)).sum(0) % 2 * 2 - 1)  # a draughtboard
+    pictures = np.stack([np.full((256, 256), 128), 128 + grain])[..., np.newaxis]
+    plain, grained = layers.predict(pictures.astype(np.float32), verbose=0)[:, 2:-2, 2:-2]
+    np.testing.assert_allclose(grained, plain, atol=1e-3)
 
 
 def test_map_is_the_evidence_that_the_probability_is_made_of(pictures, computed):

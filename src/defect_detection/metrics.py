@@ -6,8 +6,8 @@ import numpy as np
 
 TELLING_WIDTH = 0.2  # between bounds; wider ones tell nothing
 EPS = 1e-7  # the least probability that a float32 sigmoid is trusted with
-# A few photographs that are all judged rightly would ask for endless certainty.
-TEMPERATURES = (0.25, 5.0)
+# Of log-odds. A few photographs that are all judged rightly would ask for endless certainty.
+SCALES, SHIFTS = (0.2, 4.0), (-3.0, 3.0)
 THRESHOLD = 0.5  # of the probability; the accuracy that decides on registration is taken at it
 SIGNIFICANT = 0.05  # p-value below which a difference is more than chance
 
@@ -57,6 +57,19 @@ class OperatingPoint:
 
 
 PLAIN = OperatingPoint(THRESHOLD, THRESHOLD, THRESHOLD)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What makes log-odds that are too sure, not sure enough or to one side fit the labels."""
+
+    scale: float
+    shift: float
+
+    def apply(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities, float32."""
+        log_odds = self.scale * _log_odds(probabilities) + self.shift
+        return (1 / (1 + np.exp(-log_odds))).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -444,11 +457,6 @@ def _log_odds(probabilities: np.ndarray | float) -> np.ndarray | float:
     return np.log(safe) - np.log1p(-safe)
 
 
-def sharpened(probabilities: np.ndarray, by: float) -> np.ndarray:
-    """Return probabilities, float32, whose log-odds are `by` times as large."""
-    return (1 / (1 + np.exp(-by * _log_odds(probabilities)))).astype(np.float32)
-
-
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
     """Return the expected calibration error, in [0, 1].
 
@@ -460,23 +468,24 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     return float(np.abs(gap).sum() / len(labels))
 
 
-def temperature(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> float:
-    """Return what to divide the log-odds by for the lowest cross-entropy (Guo et al., 2017).
+def calibration(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> Calibration:
+    """Return the scale and shift of the log-odds with the lowest cross-entropy (Platt, 1999).
 
     Args:
         labels: (n,), 1 = defect.
         probabilities: (n,) of a defect.
         weights: (n,) how much each counts.
     """
-    from scipy.optimize import minimize_scalar  # inference does not need it
-    from scipy.special import log_expit
+    from scipy.optimize import minimize  # inference does not need it
+    from scipy.special import expit, log_expit
 
-    # The sign of the log-odds of what is true: negative where the verdict is wrong.
-    margins = np.where(labels == 1, 1, -1) * _log_odds(probabilities)
-    low, high = (np.log(limit) for limit in TEMPERATURES)
-    found = minimize_scalar(
-        lambda x: -np.sum(weights * log_expit(margins / np.exp(x))),
-        bounds=(low, high),
-        method="bounded",
-    )
-    return float(np.exp(found.x))
+    signs = np.where(labels == 1, 1.0, -1.0)
+    log_odds, weights = _log_odds(probabilities), np.asarray(weights, float)
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = signs * (values[0] * log_odds + values[1])
+        slopes = -weights * signs * expit(-margins)
+        return -np.sum(weights * log_expit(margins)), np.array([slopes @ log_odds, slopes.sum()])
+
+    found = minimize(loss, [1.0, 0.0], jac=True, bounds=[SCALES, SHIFTS], method="L-BFGS-B")
+    return Calibration(*map(float, found.x))

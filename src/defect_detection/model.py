@@ -15,6 +15,7 @@ from keras import layers, ops  # noqa: E402
 
 from defect_detection import native_output, pretrained  # noqa: E402
 from defect_detection.classifier import MAP, PROBABILITY  # noqa: E402
+from defect_detection.metrics import Calibration  # noqa: E402
 from defect_detection.settings import HyperParameters  # noqa: E402
 
 FEATURES = "features"  # the layer that ends what keeps its pretrained weights
@@ -45,7 +46,7 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
         PipelineError: the package with the pretrained weights is not installed.
     """
     inputs = keras.Input((*image_size, 1), name="images")
-    enlarged = _enlarge(inputs)
+    enlarged = _smooth(_enlarge(inputs))
     pretrained_blocks = _pretrained(enlarged.shape[1:], hyper.blocks)
     features = pretrained_blocks(enlarged)
     if hyper.views == 2:
@@ -99,6 +100,14 @@ def _enlarge(x: keras.KerasTensor) -> keras.KerasTensor:
     if factor <= 1:
         return x
     return layers.Resizing(round(height * factor), round(width * factor), "bilinear")(x)
+
+
+def _smooth(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Append a binomial filter of 3 x 3, without which a little noise looks like a defect."""
+    smoothed = layers.Conv2D(1, 3, use_bias=False, trainable=False, name="smoothed")
+    x = smoothed(ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"))
+    smoothed.set_weights([np.outer([1, 2, 1], [1, 2, 1]).reshape(3, 3, 1, 1) / 16])
+    return x
 
 
 def _pretrained(shape: tuple[int, int, int], count: int) -> keras.Model:
@@ -209,7 +218,9 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
         return converter.convert()
 
 
-def rescale(model: keras.Model, scale: float) -> None:
-    """Multiply the log-odds that the model gives by `scale`."""
+def calibrate(model: keras.Model, calibration: Calibration) -> None:
+    """Scale and shift the log-odds that the model gives."""
     last = model.get_layer(PROBABILITY)
-    last.set_weights([weight * scale for weight in last.get_weights()])
+    kernel, bias = last.get_weights()
+    scale, shift = calibration.scale, calibration.shift
+    last.set_weights([scale * kernel, scale * bias + shift])

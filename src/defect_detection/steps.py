@@ -115,7 +115,8 @@ def fit(
         {
             "best_epoch": result.best_epoch,
             "fit_seconds": result.seconds,
-            "temperature": result.temperature,
+            "calibration_scale": result.calibration.scale,
+            "calibration_shift": result.calibration.shift,
         }
         | {f"best_{key}": value for key, value in result.best.items()}
     )

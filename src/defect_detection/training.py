@@ -12,7 +12,8 @@ from defect_detection import PipelineError, dataset, metrics
 from defect_detection import model as network
 from defect_detection.classifier import MAP, PROBABILITY
 from defect_detection.features import Features
-from defect_detection.model import keras, rescale, tf
+from defect_detection.metrics import Calibration
+from defect_detection.model import keras, tf
 from defect_detection.settings import Schedule
 
 BATCH = 32  # of the pictures to validate on
@@ -46,7 +47,7 @@ class TrainingResult:
         best_epoch: counted from 1; lowest validation loss.
         history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`; the validation loss
             gives each photograph of a class the same weight.
-        temperature: what the log-odds were divided by, so that they fit the held-back pictures.
+        calibration: what was done to the log-odds, so that they fit the held-back pictures.
         held_back: what the fits say of the photographs that they did not see.
         fits: how many there were.
         seconds: wall time of the fit.
@@ -55,7 +56,7 @@ class TrainingResult:
     model: keras.Model
     best_epoch: int
     history: dict[str, list[float]]
-    temperature: float
+    calibration: Calibration
     held_back: HeldBack
     fits: int
     seconds: float
@@ -120,11 +121,11 @@ def fit(
             f"which is {schedule.learning_rate}"
         )
     fits.put(kept)
-    temperature = metrics.temperature(labels, probabilities, weights)
-    rescale(model, 1 / temperature)
-    held_back = HeldBack(labels, metrics.sharpened(probabilities, 1 / temperature), photographs)
+    calibration = metrics.calibration(labels, probabilities, weights)
+    network.calibrate(model, calibration)
+    held_back = HeldBack(labels, calibration.apply(probabilities), photographs)
     seconds = time.perf_counter() - started
-    return TrainingResult(model, best_epoch, history, temperature, held_back, len(parts), seconds)
+    return TrainingResult(model, best_epoch, history, calibration, held_back, len(parts), seconds)
 
 
 def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
     python tests/benchmarks/generalisation.py [--seeds 3] [--only NAME]
 
 All are cross-validated on all real castings with the same five folds, no photograph cut apart.
-Ours holds photographs of the other folds back to choose its epoch and its temperature by; the
+Ours holds photographs of the other folds back to choose its epoch and calibrate it by; the
 tutorial's has nothing to choose. The former model, from before there were pretrained layers, is
 fitted by its own commit, which takes another 40 minutes and is done only when asked for by name.
 Prints the table of README and writes docs/benchmark.json.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +275,7 @@ def our_folds(parameters: ModelParameters, castings: Castings, seeds: int) -> li
                 replace(parameters.schedule(hyper), seed=seed),
             )
             classifier = Classifier(model.to_litert(fitted.model), parameters.image_size)
-            chosen = {"best_epoch": fitted.best_epoch, "temperature": fitted.temperature}
+            chosen = {"best_epoch": fitted.best_epoch} | asdict(fitted.calibration)
             judge = classifier.probabilities
             figures = judged("ours", number, seed, castings, fold, judge)
             found.append(figures | chosen | stability(classifier, castings, fold))
