@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, SymmetricalLogLocator
 
 from defect_detection import images
 from defect_detection.audit import Audit
@@ -130,6 +130,7 @@ def histogram(labels: np.ndarray, probabilities: np.ndarray, point: OperatingPoi
     for label, name, colour in ((0, CLASSES[1], RIGHT), (1, CLASSES[0], WRONG)):
         axes.hist(probabilities[labels == label], bins, color=colour, alpha=0.6, label=name)
     axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     if point.review_high > point.review_low:
         axes.axvspan(
