@@ -80,14 +80,21 @@ def test_blemish_is_on_those_that_get_one_and_on_no_other():
     assert strongest[~which].max() == 0
 
 
-def test_some_blemishes_show_what_lies_beside_them():
-    halves = np.full((COUNT, 64, 64, 1), 60, np.float32)
-    halves[:, :, 32:] = 180
-    augment = Augmentation((64, 64))
-    seed = tf.constant([3, 1], tf.int64)
-    blemished = augment._blemish(halves, augmentation._Draws(tf.constant(COUNT), seed)).numpy()
-    inside = np.abs(blemished - halves) > 115  # 120 is the difference of the halves
-    assert inside.any((1, 2, 3)).sum() > 3
+def test_some_blemishes_show_what_lies_beside_them(monkeypatch):
+    count = 8 * COUNT
+    halves = np.full((count, 64, 64, 1), 20, np.float32)
+    halves[:, :, 32:] = 240
+
+    def blemished():
+        draw = augmentation._Draws(tf.constant(count), tf.constant([3, 1], tf.int64))
+        return Augmentation((64, 64))._blemish(halves, draw).numpy()
+
+    with_nicks = blemished()
+    monkeypatch.setattr(augmentation, "VISIBLE", 256)  # no nick makes so much of a difference
+    nicked = np.abs(with_nicks - blemished()).max((1, 2, 3)) > 1
+    assert 10 < nicked.sum() < count / 2
+    changed = np.abs(with_nicks - halves)[nicked].max((1, 2, 3))
+    assert changed.min() > 20
 
 
 def test_strengths_go_half_as_far_again_as_the_robustness_table():
@@ -97,6 +104,24 @@ def test_strengths_go_half_as_far_again_as_the_robustness_table():
     assert 10 < noise.max() < 14 and np.median(noise) < 3  # 8 in the table
     light = np.median(found, (1, 2, 3))
     assert light.min() < 128 * 0.65 and light.max() > 128 * 1.35  # 0.7 and 1.3
+
+
+def test_some_are_written_as_jpeg_and_read_again(pictures):
+    draw = augmentation._Draws(COUNT, tf.constant([1, 2], tf.int64))
+    again = Augmentation((64, 64))._recompress(pictures, draw).numpy()
+    changed = np.abs(again - pictures).max((1, 2, 3))
+    assert (changed > 1).mean() == pytest.approx(augmentation.RECOMPRESSED, abs=0.2)
+    assert (changed == 0).mean() == pytest.approx(1 - augmentation.RECOMPRESSED, abs=0.2)
+
+    def error(picture, quality):  # as the robustness table's
+        written = cv2.imencode(".jpeg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        return np.abs(cv2.imdecode(written, cv2.IMREAD_GRAYSCALE) - picture[..., 0]).mean()
+
+    worse = [
+        np.abs(one - picture).mean() > error(picture, 30)
+        for one, picture in zip(again, pictures, strict=True)
+    ]
+    assert any(worse)
 
 
 def test_blur_is_that_of_a_gaussian_and_sharpening_its_opposite():
