@@ -2,7 +2,7 @@
 
 Without a model there, the one at Production_Reg@prod is taken; without that one, a new model.
 Parameters come from re_train/re_train.yaml; what is not there, from src/config.yaml, where the
-layers of a new model are those of the first set.
+layers and the learning rate of a new model are those of the first set.
 """
 
 import json
@@ -64,6 +64,9 @@ def main() -> None:
         start, source = choose_start(own.mlflow)
         print(f"Starting from {source}", flush=True)
         shared = config.model_parameters
+        if start is None and options.learning_rate is None:
+            # A rate that fine-tunes a model teaches a new one nothing.
+            parameters = replace(parameters, learning_rate=shared.sets[0].learning_rate)
         with mlflow.start_run(experiment_id=experiment, run_name="re-train") as run:
             mlflow.set_tag("started_from", source)
             if start is None:

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,8 +79,11 @@ def test_computed_once_and_found_again(pictures, model, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
 
 
-@pytest.mark.parametrize("change", ["pictures", "photographs", "weights", "seed", "variants"])
-def test_what_they_depend_on_names_them(pictures, model, tmp_path, change):
+CHANGES = ["pictures", "photographs", "weights", "layers", "preprocessing", "seed", "variants"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, change):
     sampling = Sampling(20, 0, tmp_path)
     first = features.compute(model, pictures, PHOTOGRAPHS, sampling).path
     data, photographs = pictures, PHOTOGRAPHS
@@ -91,6 +95,12 @@ def test_what_they_depend_on_names_them(pictures, model, tmp_path, change):
         model = small_cnn(SIZE)
         kernel, bias = model.get_layer("pretrained").get_layer("stem").get_weights()
         model.get_layer("pretrained").get_layer("stem").set_weights([kernel * 1.01, bias])
+    elif change == "layers":  # other features of the same weights and shape
+        monkeypatch.setattr(network.layers, "MaxPooling2D", network.layers.AveragePooling2D)
+        model = small_cnn(SIZE)
+        monkeypatch.undo()
+    elif change == "preprocessing":
+        monkeypatch.setattr(features.images, "PREPROCESSING", "another")
     else:
         sampling = replace(sampling, **{change: 30})
     assert features.compute(model, data, photographs, sampling).path != first
@@ -122,11 +132,36 @@ def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, m
     np.testing.assert_allclose(found.take(every), whole.take(every), rtol=2e-3, atol=2e-3)
 
 
+def test_file_that_lost_its_end_is_computed_again(pictures, model, tmp_path):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    whole = first.take(np.arange(len(first)))
+    first.path.write_bytes(first.path.read_bytes()[:-100])
+    again = features.compute(model, pictures, PHOTOGRAPHS, sampling)
+    np.testing.assert_allclose(again.take(np.arange(len(again))), whole, rtol=2e-3, atol=2e-3)
+
+
+def test_disk_without_room_is_one_line_before_the_work(pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_batches", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
+    with pytest.raises(PipelineError, match=r"take 0\.\d GB, and 0\.0 GB are free. Make room, or"):
+        features.compute(model, pictures, PHOTOGRAPHS, Sampling(2000, 0, tmp_path))
+
+
+def test_variants_of_a_photograph_do_not_keep_a_place(pictures):
+    """The fill beyond the edge goes by the place in a batch, and must not tell the photograph."""
+    photographs = np.arange(40) % 32  # as many as two batches hold
+    planned = features._plan(np.repeat([0, 1], [32, 8]).astype(np.uint8), photographs, 640, 0)
+    places = np.flatnonzero(planned.varied)[photographs[planned.pictures[planned.varied]] == 3]
+    assert len(set(places % features.BATCH)) > 4
+
+
 def test_progress_is_told(pictures, model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(features, "SAY_AFTER", 0)
     with caplog.at_level(logging.INFO):
         features.compute(model, pictures, PHOTOGRAPHS, Sampling(100, 0, tmp_path))
     assert "Features of pictures: 64 of 140, " in caplog.text
+    assert "Features of pictures: 140 of 140, 0 s to go" in caplog.text
 
 
 def test_old_files_are_deleted(pictures, model, tmp_path):

@@ -145,6 +145,11 @@ def test_features_are_standardised_once(computed, kind):
         assert np.abs(values.mean((0, 1, 2))).max() < 0.1
         assert np.median(values.std((0, 1, 2))) == pytest.approx(1, abs=0.05)
     before = [weight.copy() for weight in layer.get_weights()]
+    fits = training._Fits(fitted, computed[kind], SCHEDULE, [np.arange(15), np.arange(15, 30)])
+    fits.run(1)
+    learned = fits._learner.get_layer(model.STANDARDISED).get_weights()
+    for one, again in zip(before, learned, strict=True):
+        np.testing.assert_array_equal(one, again)
     other = replace(computed[kind], rows=computed[kind].rows[::-1])
     training.fit(fitted, other, replace(SCHEDULE, epochs=1))
     for one, again in zip(before, layer.get_weights(), strict=True):
@@ -155,7 +160,11 @@ def test_best_epoch_is_what_remains(computed):
     found = fit(computed, epochs=6)
     best = int(np.argmin(found.history["val_loss"]))
     assert found.best_epoch == best + 1
-    assert found.best["val_accuracy"] == found.history["val_accuracy"][best]
+    assert found.best["loss"] == found.history["loss"][best]
+    # Those of the validation are of the calibrated model, which is what is kept.
+    labels, probabilities = found.held_back.labels, found.held_back.probabilities
+    assert found.best["val_accuracy"] == ((probabilities >= 0.5) == labels).mean()
+    assert found.best["val_loss"] < found.history["val_loss"][best]
     assert len(found.history["loss"]) == 6
 
 
@@ -235,6 +244,23 @@ def test_probabilities_are_calibrated_by_the_pictures_held_back(computed, monkey
     np.testing.assert_allclose(scaled, done.calibration.scale * kernel, rtol=1e-5)
     expected = done.calibration.scale * bias + done.calibration.shift
     np.testing.assert_allclose(moved, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["head", "former"])
+def test_fine_tuned_model_keeps_its_calibration(computed, kind):
+    """It may have seen what is held back, and would be called surer each time."""
+    fitted = fit(computed, kind, 1).model
+    again = training.fit(fitted, computed[kind], replace(SCHEDULE, learning_rate=1e-9, epochs=1))
+    assert again.calibration == metrics.Calibration(1, 0)
+
+
+def test_too_few_variants_are_named(computed):
+    told = computed["head"]
+    good = np.flatnonzero((told.labels == 0) & told.varied)
+    lacking = told.among(np.setdiff1d(told.pictures, told.pictures[good[0]]))
+    only = replace(lacking, photographs=np.where(lacking.labels == 0, 99, lacking.photographs))
+    with pytest.raises(PipelineError, match=r"variants are too few: .* one class only. Raise var"):
+        training._Fits(build("head"), only, SCHEDULE, [np.array([99]), np.arange(30)])
 
 
 def test_fit_that_diverges_is_refused_with_the_learning_rate(computed):

@@ -5,8 +5,8 @@ whatever else they have in common (a light, a shadow) would do to tell them from
 a blemish on the very same photograph it does not. Blemishes that are drawn are known to teach what
 is found in real parts (Li et al., CutPaste, CVPR 2021).
 
-Everything is TensorFlow on a whole batch. The strengths go half as far again as the report's
-robustness table (`robustness.DISTURBANCES`).
+Everything is TensorFlow on a whole batch. The strengths go a third to a half further than the
+report's robustness table (`robustness.DISTURBANCES`).
 """
 
 import math

@@ -7,14 +7,18 @@ features: they are kept in a file, of which a fit reads what it needs.
 import fcntl
 import hashlib
 import logging
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from defect_detection import PipelineError, augmentation
+from defect_detection import PipelineError, augmentation, images
 from defect_detection import model as network
 from defect_detection.augmentation import Augmentation
 from defect_detection.dataset import Dataset
@@ -87,7 +91,7 @@ def compute(
         sampling: how many variants, and where the features are kept.
 
     Raises:
-        PipelineError: the cache cannot be written.
+        PipelineError: the cache cannot be written, or the disk has no room for the features.
     """
     seed, cache = sampling.seed, sampling.cache
     planned = _plan(data.labels, photographs, sampling.variants, seed)
@@ -95,23 +99,26 @@ def compute(
     shape = model.input_shape[1:] if layers is None else layers.output_shape[1:]
     path = cache / f"features-{_key(layers, data, planned, seed)}"
     bytes_each = int(np.prod(shape)) * 2
+    needed = len(planned.pictures) * bytes_each
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # One process at a time computes them; others wait and find them.
         part = path.with_suffix(PART)
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists():
-                begun = file.tell() // (BATCH * bytes_each) * BATCH
+            if path.exists() and path.stat().st_size == needed:
+                part.unlink(missing_ok=True)
+            else:
+                _delete_old(cache)
+                begun = file.seek(0, os.SEEK_END) // (BATCH * bytes_each) * BATCH
                 file.truncate(begun * bytes_each)
+                _require_room(cache, needed - begun * bytes_each)
                 for values in _batches(layers, data, planned, seed, begun):
                     file.write(np.ascontiguousarray(values, np.float16))
                 file.flush()
+                os.fsync(file.fileno())
                 part.rename(path)
-            else:
-                part.unlink(missing_ok=True)
-        path.touch()
-        _delete_old(cache)
+            os.utime(path)  # used now
     except OSError as error:
         raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
     return Features(
@@ -152,23 +159,34 @@ def _evenly(
     """Choose pictures so that each photograph has as many as the others, as far as it has any.
 
     Returns:
-        Up to `count`, each picture once; and `count`, those of small photographs repeatedly.
+        Up to `count`, each picture once; and `count`, those of small photographs repeatedly, in
+        any order, since the fill of a turned variant goes by its place.
     """
     rows = rng.permutation(rows)
-    of = [rows[photographs[rows] == one] for one in dict.fromkeys(photographs[rows].tolist())]
+    of = list(_by_photograph(rows, photographs))
+    of = [of[number] for number in rng.permutation(len(of))]
     turns = range(max(len(pictures) for pictures in of))
     once = [pictures[turn] for turn in turns for pictures in of if turn < len(pictures)]
     again = [of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(count)]
-    return np.array(once[:count]), np.array(again)
+    return np.array(once[:count]), rng.permutation(again)
+
+
+def _by_photograph(rows: np.ndarray, photographs: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the rows of each photograph, in their order."""
+    _, of = np.unique(photographs[rows], return_inverse=True)
+    order = np.argsort(of, kind="stable")
+    yield from np.split(rows[order], np.cumsum(np.bincount(of))[:-1])
 
 
 def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
     total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
-    total.update(repr((data.digest, data.images.shape, seed, BATCH)).encode())
+    settled = (data.digest, images.PREPROCESSING, data.images.shape, seed, BATCH)
+    total.update(repr(settled).encode())
     for array in (planned.pictures, planned.varied, planned.blemished):
         total.update(array.tobytes())
     if layers is not None:
-        total.update(repr([type(layer).__name__ for layer in layers.layers]).encode())
+        # Without the numbers that Keras counts layers by in a process.
+        total.update(re.sub(r"_\d+\b", "", layers.to_json()).encode())
         for weight in layers.get_weights():
             total.update(weight.tobytes())
     return total.hexdigest()[:24]
@@ -206,15 +224,28 @@ def _batches(
         ).numpy()
         if time.monotonic() - said > SAY_AFTER:
             said = time.monotonic()
-            done = start + BATCH
+            done = min(start + BATCH, count)
             left = (said - started) * (count - done) / (done - begun)
             log.info("Features of pictures: %d of %d, %.0f s to go", done, count, left)
 
 
+def _require_room(cache: Path, needed: int) -> None:
+    """Find out before the work whether the features will fit on the disk."""
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise PipelineError(
+            f"{cache}: the features take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. "
+            f"Make room, or lower variants or image_size"
+        )
+
+
 def _delete_old(cache: Path) -> None:
-    """Keep the files that were used last, and what was interrupted not long ago."""
-    found = sorted(cache.glob("features-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    whole = [path for path in found if path.suffix != PART]
-    stale = [p for p in found if p.suffix == PART and time.time() - p.stat().st_mtime > PART_KEPT]
-    for old in whole[FILES_KEPT:] + stale:
+    """Make room for one file more: keep those used last, and what was interrupted not long ago."""
+    used = {}
+    for path in cache.glob("features-*"):
+        with suppress(FileNotFoundError):  # another process deleted it
+            used[path] = path.stat().st_mtime
+    whole = sorted((path for path in used if path.suffix != PART), key=used.get, reverse=True)
+    stale = [p for p in used if p.suffix == PART and time.time() - used[p] > PART_KEPT]
+    for old in whole[FILES_KEPT - 1 :] + stale:
         old.unlink(missing_ok=True)

@@ -36,11 +36,11 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
     It takes grey pictures as floats in [0, 255], shape (n, height, width, 1), and gives the
     probability of a defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0
     keep their weights; they make the layer `features`, one place for 16 x 16 pixels of the enlarged
-    picture, with two views the mean of the picture's and of its copy's that is turned by 180
-    degrees. `hyper.tuned_blocks` more, if any, are fitted. The layer `defect_map` gives the
-    evidence of a defect at each place, 0 or more, from a linear combination of the features there;
-    the probability is a sigmoid of its power mean. There is no evidence against a defect: a good
-    part is one without any, also one that looks like none in training.
+    picture. With two views the features are the mean of those of the picture and of its copy
+    turned by 180 degrees. `hyper.tuned_blocks` more, if any, are fitted. The layer `defect_map`
+    gives the evidence of a defect at each place, 0 or more, from a linear combination of the
+    features there; the probability is a sigmoid of its power mean. There is no evidence against a
+    defect: a good part is one without any, also one that looks like none in training.
 
     Raises:
         PipelineError: the package with the pretrained weights is not installed.
@@ -61,7 +61,6 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
             tuned = _block(tuned, number)
         x = layers.Concatenate()([features, tuned])
     model = keras.Model(inputs, _judge(x, 1), name="defect_cnn")
-    model.get_layer(STANDARDISED).trainable = False
     _load_weights(model)
     return model
 
@@ -163,8 +162,8 @@ def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
 
 def _judge(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
     """Append what makes `count` probabilities of features, each from a map of its own."""
-    # Like batch normalisation without parameters, but of the training pictures as a whole.
-    x = layers.BatchNormalization(center=False, scale=False, name=STANDARDISED)(x)
+    # Of the training pictures as a whole, not of a batch: the fit must see what serving sees.
+    x = layers.BatchNormalization(center=False, scale=False, trainable=False, name=STANDARDISED)(x)
     x = layers.Conv2D(
         count,
         1,

@@ -13,8 +13,9 @@ SIDE = 16  # a picture's thumbnail, pixels in height and width
 COMPONENTS = 16  # shapes that thumbnails are composed of
 RARE = 0.001  # share of the training pictures, at either end, that limits need not admit
 
-# How far beyond the training pictures a picture may lie. Light and contrast may halve: the model
-# takes both out. Fine detail it lives by: half of the range in training more, and this at least.
+# How far beyond the training pictures a picture may lie. Light and contrast may halve: variants
+# of the training pictures go nearly as far. Fine detail is what the model lives by: half of the
+# range in training more, and this at least.
 LIGHT = 0.5
 DETAIL = 0.1
 UNLIKENESS = 1.5

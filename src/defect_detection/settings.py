@@ -58,7 +58,8 @@ class HyperParameters:
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: pictures in a step.
-        epochs: how often each variant is seen.
+        epochs: how often each variant is seen by a linear head; of a model with more to fit, each
+            fit sees its share of the variants in an epoch.
     """
 
     name: Name
@@ -88,8 +89,8 @@ class Schedule:
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: pictures in a step.
-        epochs: how often each variant is seen.
-        validation_share: of the photographs that each fit is held back from.
+        epochs: passes over the variants.
+        validation_share: of the photographs; as many are held back from each fit.
         seed: of everything random.
     """
 
@@ -121,7 +122,7 @@ class ModelParameters:
     """What all sets share. `image_size` is height and width in pixels."""
 
     image_size: ImageSize
-    variants: Annotated[int, Field(ge=10)]
+    variants: Annotated[int, Field(ge=100)]
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
     quantize: Literal[QUANTIZE]

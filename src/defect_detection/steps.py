@@ -85,13 +85,16 @@ def fit(
         on_epoch: is called with the number of each epoch that has ended, from 1.
 
     Raises:
-        PipelineError: the fit diverged, or there is no GPU and `device` is "gpu".
+        PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
+            and `device` is "gpu", or the pretrained weights or room for their features are lacking.
     """
     # TensorFlow takes 4 s to import: not before the options, the data and the store are good.
     from defect_detection import devices, features, training
     from defect_detection.model import to_litert
 
-    data = split.training
+    data, photographs = split.training, split.training_photographs
+    # Too few photographs are found before minutes go by.
+    dataset.validation_parts(data.labels, photographs, schedule.validation_share, schedule.seed)
 
     def log_epoch(epoch: int, values: dict[str, float]) -> None:
         mlflow.log_metrics(values, step=epoch)
@@ -104,7 +107,7 @@ def fit(
         mlflow.set_tags(chosen.tags())
         training.make_deterministic(schedule.seed)
         model = make_model()
-        computed = features.compute(model, data, split.training_photographs, sampling)
+        computed = features.compute(model, data, photographs, sampling)
         result = training.fit(model, computed, schedule, log_epoch)
     mlflow.log_params(
         {"fits": result.fits, "validation_pictures": len(result.held_back.labels)}
@@ -174,7 +177,7 @@ def cross_validate(
     held back from the other folds.
 
     Raises:
-        PipelineError: there are too few photographs, or a fit diverged.
+        PipelineError: as `fit` raises it.
     """
     from defect_detection import devices, features, model, training  # TensorFlow, as in `fit`
 
@@ -182,6 +185,9 @@ def cross_validate(
     _log_fit(schedule, sampling, data.images)
     found = CrossValidated(name, [], [])
     divided = dataset.folds(data.labels, photographs, folds, schedule.seed)
+    for others, _ in divided:
+        labels, of = data.labels[others], photographs[others]
+        dataset.validation_parts(labels, of, schedule.validation_share, schedule.seed)
     with devices.chosen(device, make_model, data.images, data.labels) as chosen:
         mlflow.set_tags(chosen.tags())
         computed = features.compute(make_model(), data, photographs, sampling)

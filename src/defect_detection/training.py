@@ -18,7 +18,8 @@ from defect_detection.settings import Schedule
 
 BATCH = 32  # of the pictures to validate on
 TUNING = 0.02  # learning rate of pretrained blocks, by that of what follows them
-MEASURED = 512  # variants that the mean and the deviation of the features are taken of
+# Variants, and places of them, that mean and variance of the features are taken of.
+MEASURED, MEASURED_PLACES = 512, 2**17
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -63,8 +64,9 @@ class TrainingResult:
 
     @property
     def best(self) -> dict[str, float]:
-        """The figures of the best epoch, by their names in `history`."""
-        return {name: values[self.best_epoch - 1] for name, values in self.history.items()}
+        """The figures of the best epoch, by their names in `history`; calibrated where possible."""
+        found = {name: values[self.best_epoch - 1] for name, values in self.history.items()}
+        return found | _validation(self.held_back)
 
 
 def make_deterministic(seed: int) -> None:
@@ -83,7 +85,8 @@ def fit(
     The photographs are divided into parts. For each part the model is fitted to the variants of
     all others; the part's pictures as they are say which epoch is best and, all parts together,
     how sure the probabilities may be. What remains is the mean of the fits' weights, which all
-    began with the same ones.
+    began with the same ones. A model that was fitted before is fine-tuned, and is not calibrated
+    again: it may have seen every photograph, and would be taken for surer each time.
 
     Args:
         model: as `model.build` makes it or as it was registered; its weights are changed.
@@ -95,20 +98,17 @@ def fit(
         PipelineError: the loss was never a number, or there are too few photographs.
     """
     started = time.perf_counter()
-    _standardise(model, features)
+    new = network.has_features(model) and _standardise(model, features)
     plain = np.flatnonzero(~features.varied)
     labels, photographs = features.labels[plain], features.photographs[plain]
     parts = dataset.validation_parts(labels, photographs, schedule.validation_share, schedule.seed)
     fits = _Fits(model, features, schedule, [np.unique(photographs[part]) for part in parts])
-    weights = photograph_weights(labels, photographs)
     history: dict[str, list[float]] = {}
     best_epoch, lowest = None, math.inf
     for epoch in range(1, schedule.epochs + 1):
         figures = fits.run(epoch)
         found = fits.judge(plain, parts)
-        losses = -np.log(np.clip(np.where(labels == 1, found, 1 - found), 1e-7, 1))
-        figures["val_loss"] = float((weights * losses).sum())
-        figures["val_accuracy"] = float(metrics.is_right(labels, found, metrics.THRESHOLD).mean())
+        figures |= _validation(HeldBack(labels, found, photographs))
         for name, value in figures.items():
             history.setdefault(name, []).append(value)
         if figures["val_loss"] < lowest:
@@ -121,11 +121,22 @@ def fit(
             f"which is {schedule.learning_rate}"
         )
     fits.put(kept)
-    calibration = metrics.calibration(labels, probabilities, weights)
+    calibration = metrics.Calibration(1, 0)
+    if new:
+        weights = photograph_weights(labels, photographs)
+        calibration = metrics.calibration(labels, probabilities, weights)
     network.calibrate(model, calibration)
     held_back = HeldBack(labels, calibration.apply(probabilities), photographs)
     seconds = time.perf_counter() - started
     return TrainingResult(model, best_epoch, history, calibration, held_back, len(parts), seconds)
+
+
+def _validation(held_back: HeldBack) -> dict[str, float]:
+    labels, found = held_back.labels, held_back.probabilities
+    losses = -np.log(np.clip(np.where(labels == 1, found, 1 - found), 1e-7, 1))
+    weights = photograph_weights(labels, held_back.photographs)
+    right = metrics.is_right(labels, found, metrics.THRESHOLD)
+    return {"val_loss": float((weights * losses).sum()), "val_accuracy": float(right.mean())}
 
 
 def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarray:
@@ -169,7 +180,7 @@ class _Fits:
         columns = [np.arange(len(parts))] if self._at_once else np.arange(len(parts))[:, np.newaxis]
         self._columns = list(columns)
 
-        count = sum(1 for _ in self._epoch(1, 0))
+        count = math.ceil(len(self._rows(1, 0)) / schedule.batch_size)
         rate = keras.optimizers.schedules.CosineDecay(
             0.1,
             max(1, schedule.epochs * count * 19 // 20),
@@ -203,12 +214,12 @@ class _Fits:
 
     def judge(self, plain: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
         """Return the probabilities of pictures, each by the fit that held it back."""
-        found = np.empty(len(plain), np.float32)
         if self._at_once:
             of = np.empty(len(plain), int)
             for number, part in enumerate(parts):
                 of[part] = number
             return self._predict(plain)[np.arange(len(plain)), of]
+        found = np.empty(len(plain), np.float32)
         for number, part in enumerate(parts):
             self._restore(self._states[number])
             found[part] = self._predict(plain[part])[:, 0]
@@ -239,15 +250,19 @@ class _Fits:
         weights = (~np.isin(self._features.photographs[self._varied], part)).astype(np.float32)
         half = weights.sum() / 2
         for label in (0, 1):
-            weights[labels == label] *= half / weights[labels == label].sum()
+            of_class = weights[labels == label].sum()
+            if not of_class:
+                raise PipelineError(
+                    f"{len(labels)} variants are too few: a fit would see one class only. "
+                    f"Raise variants in src/config.yaml"
+                )
+            weights[labels == label] *= half / of_class
         return weights
 
     def _epoch(self, epoch: int, number: int) -> Iterator[tuple]:
         """Yield batches of features, labels and weights, read while the one before is learned."""
         columns, size = self._columns[number], self._schedule.batch_size
-        rows = np.flatnonzero(self._weights[:, columns].any(1))
-        rng = np.random.default_rng([self._schedule.seed, epoch, number])
-        rows = rng.permutation(rows)[: math.ceil(len(self._varied) / len(self._columns))]
+        rows = self._rows(epoch, number)
 
         def read(start: int) -> tuple:
             chosen = np.sort(rows[start : start + size])
@@ -263,6 +278,12 @@ class _Fits:
                     yield waiting.result()
                 waiting = coming
             yield waiting.result()
+
+    def _rows(self, epoch: int, number: int) -> np.ndarray:
+        """Return the variants that a fit learns from in an epoch, in their order."""
+        rows = np.flatnonzero(self._weights[:, self._columns[number]].any(1))
+        rng = np.random.default_rng([self._schedule.seed, epoch, number])
+        return rng.permutation(rows)[: math.ceil(len(self._varied) / len(self._columns))]
 
     def _one_step(self, values: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         targets = labels[:, tf.newaxis] * tf.ones_like(weights)
@@ -321,16 +342,21 @@ class _Scaled(keras.optimizers.schedules.LearningRateSchedule):
         return self.by * self.schedule(step)
 
 
-def _standardise(model: keras.Model, features: Features) -> None:
-    """Let a new model know mean and variance of what its head takes; they are never fitted."""
-    if not network.has_features(model):
-        return
+def _standardise(model: keras.Model, features: Features) -> bool:
+    """Let a new model know mean and variance of what its head takes; they are never fitted.
+
+    Returns:
+        Whether the model is new: one that was fitted before knows them.
+    """
     layer = model.get_layer(network.STANDARDISED)
-    if any(weight.any() for weight in layer.get_weights()[:1]):
-        return  # it knows them
+    mean, _ = layer.get_weights()
+    if mean.any():
+        return False
     varied = np.flatnonzero(features.varied)
-    some = varied[np.linspace(0, len(varied) - 1, min(MEASURED, len(varied))).astype(int)]
+    count = min(len(varied), MEASURED, MEASURED_PLACES // math.prod(features.shape[1:3]) + 1)
+    some = varied[np.linspace(0, len(varied) - 1, count).astype(int)]
     values, begin = features.take(some).astype(np.float32), model.get_layer(network.FEATURES).output
     if layer.input is not begin:  # blocks that are tuned come between
         values = keras.Model(begin, layer.input).predict(values, BATCH, verbose=0)
     layer.set_weights([values.mean((0, 1, 2)), values.var((0, 1, 2))])
+    return True
