@@ -51,7 +51,7 @@ def retrained(tmp_path_factory, learnable):
     shutil.copytree(learnable / "train", swapped / "train")
     shutil.copytree(learnable / "test" / "def_front", swapped / "test" / "ok_front")
     shutil.copytree(learnable / "test" / "ok_front", swapped / "test" / "def_front")
-    project.configure_retraining(image_size=[64, 64], epochs=6, learning_rate=0.02, batch_size=16)
+    project.configure_retraining(image_size=[64, 64], epochs=6, learning_rate=0.01, batch_size=16)
     project.printed = [project.succeed(SCRIPT, "--data", learnable)]
     gently = ("--learning-rate", 0.002)
     project.printed.append(project.succeed(SCRIPT, "--data", swapped, "--epochs", 1, *gently))
@@ -104,7 +104,10 @@ def test_fine_tuning_starts_from_the_weights_of_its_start(retrained):
 
 def test_parameters_are_those_of_the_yaml_and_the_options(retrained):
     first, second, _ = runs()
+    # A new model has the rate of the first set, a start from the registry that of the YAML.
     assert first.data.params["learning_rate"] == "0.02"
+    assert second.data.params["learning_rate"] == "0.002"
+    assert first.data.params["batch_size"] == second.data.params["batch_size"] == "16"
     assert (first.data.params["epochs"], second.data.params["epochs"]) == ("6", "1")
     # Layers are said of a new model only: of one that was loaded, the file says nothing.
     assert first.data.params["blocks"] == "8"
