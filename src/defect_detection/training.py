@@ -64,7 +64,7 @@ class TrainingResult:
 
     @property
     def best(self) -> dict[str, float]:
-        """The figures of the best epoch, by their names in `history`; calibrated where possible."""
+        """The figures of the best epoch, by their names in `history`; `val_…` are calibrated."""
         found = {name: values[self.best_epoch - 1] for name, values in self.history.items()}
         return found | _validation(self.held_back)
 
@@ -121,7 +121,7 @@ def fit(
             f"which is {schedule.learning_rate}"
         )
     fits.put(kept)
-    calibration = metrics.Calibration(1, 0)
+    calibration = Calibration(1, 0)
     if new:
         weights = photograph_weights(labels, photographs)
         calibration = metrics.calibration(labels, probabilities, weights)
