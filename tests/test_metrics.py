@@ -119,6 +119,21 @@ def test_calibration_undoes_what_was_done_to_the_log_odds():
         np.testing.assert_allclose(found.apply(raw), expit(log_odds), atol=0.02)
 
 
+def test_calibration_meets_probabilities():
+    log_odds = np.linspace(-5, 4, 50)
+    found = metrics.calibration(expit(log_odds), expit(2 * log_odds - 1), np.ones(50))
+    assert (found.scale, found.shift) == (
+        pytest.approx(0.5, abs=1e-3),
+        pytest.approx(0.5, abs=1e-3),
+    )
+
+
+def test_mean_in_log_odds_counts_what_it_is_told_to():
+    judged = expit(np.array([[1.0, 3.0, 9.0], [-2.0, 5.0, 0.0]]))
+    counted = np.array([[True, True, False], [True, False, True]])
+    np.testing.assert_allclose(metrics.mean_in_log_odds(judged, counted), expit([2.0, -1.0]))
+
+
 def test_calibration_counts_by_weight():
     labels, raw = np.array([1, 0, 1, 0]), np.array([0.7, 0.7, 0.3, 0.3])
     found = metrics.calibration(labels, raw, np.array([3.0, 1.0, 1.0, 3.0]))

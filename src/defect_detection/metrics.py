@@ -468,24 +468,36 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     return float(np.abs(gap).sum() / len(labels))
 
 
+def mean_in_log_odds(probabilities: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Return the probability (n,) that has the mean log-odds of those that are counted.
+
+    Args:
+        probabilities: (n, judges) of a defect.
+        counted: bool (n, judges), at least one of each row.
+    """
+    log_odds = np.average(_log_odds(probabilities), axis=1, weights=counted)
+    return 1 / (1 + np.exp(-log_odds))
+
+
 def calibration(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> Calibration:
     """Return the scale and shift of the log-odds with the lowest cross-entropy (Platt, 1999).
 
     Args:
-        labels: (n,), 1 = defect.
+        labels: (n,) in [0, 1], 1 = defect; or probabilities that are to be met.
         probabilities: (n,) of a defect.
         weights: (n,) how much each counts.
     """
     from scipy.optimize import minimize  # inference does not need it
     from scipy.special import expit, log_expit
 
-    signs = np.where(labels == 1, 1.0, -1.0)
-    log_odds, weights = _log_odds(probabilities), np.asarray(weights, float)
+    labels, weights = np.asarray(labels, float), np.asarray(weights, float)
+    log_odds = _log_odds(probabilities)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        margins = signs * (values[0] * log_odds + values[1])
-        slopes = -weights * signs * expit(-margins)
-        return -np.sum(weights * log_expit(margins)), np.array([slopes @ log_odds, slopes.sum()])
+        found = values[0] * log_odds + values[1]
+        losses = -labels * log_expit(found) - (1 - labels) * log_expit(-found)
+        slopes = weights * (expit(found) - labels)
+        return np.sum(weights * losses), np.array([slopes @ log_odds, slopes.sum()])
 
     found = minimize(loss, [1.0, 0.0], jac=True, bounds=[SCALES, SHIFTS], method="L-BFGS-B")
     return Calibration(*map(float, found.x))

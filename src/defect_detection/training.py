@@ -20,6 +20,7 @@ BATCH = 32  # of the pictures to validate on
 TUNING = 0.02  # learning rate of pretrained blocks, by that of what follows them
 # Variants, and places of them, that mean and variance of the features are taken of.
 MEASURED, MEASURED_PLACES = 512, 2**17
+AGREED = 512  # pictures that the mean of the fits is brought to agree with them on
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -85,8 +86,9 @@ def fit(
     The photographs are divided into parts. For each part the model is fitted to the variants of
     all others; the part's pictures as they are say which epoch is best and, all parts together,
     how sure the probabilities may be. What remains is the mean of the fits' weights, which all
-    began with the same ones. A model that was fitted before is fine-tuned, and is not calibrated
-    again: it may have seen every photograph, and would be taken for surer each time.
+    began with the same ones, made as sure as the fits are. A model that was fitted before is
+    fine-tuned, and is not calibrated again: it may have seen every photograph, and would be taken
+    for surer each time.
 
     Args:
         model: as `model.build` makes it or as it was registered; its weights are changed.
@@ -113,14 +115,14 @@ def fit(
             history.setdefault(name, []).append(value)
         if figures["val_loss"] < lowest:
             best_epoch, lowest = epoch, figures["val_loss"]
-            kept, probabilities = fits.mean(), found
+            kept, probabilities = fits.states(), found
         on_epoch(epoch, figures)
     if best_epoch is None:
         raise PipelineError(
             f"The fit diverged: its validation loss is not a number. Lower the learning_rate, "
             f"which is {schedule.learning_rate}"
         )
-    fits.put(kept)
+    fits.merge(kept, plain, parts)
     calibration = Calibration(1, 0)
     if new:
         weights = photograph_weights(labels, photographs)
@@ -214,35 +216,57 @@ class _Fits:
 
     def judge(self, plain: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
         """Return the probabilities of pictures, each by the fit that held it back."""
-        if self._at_once:
-            of = np.empty(len(plain), int)
-            for number, part in enumerate(parts):
-                of[part] = number
-            return self._predict(plain)[np.arange(len(plain)), of]
         found = np.empty(len(plain), np.float32)
+        if self._at_once:
+            each = self._predict(plain)
+            for number, part in enumerate(parts):
+                found[part] = each[part, number]
+            return found
         for number, part in enumerate(parts):
             self._restore(self._states[number])
             found[part] = self._predict(plain[part])[:, 0]
         return found
 
-    def mean(self) -> list[np.ndarray]:
-        """Return the mean of the fits' weights."""
-        if self._at_once:
-            return [
-                weight.mean(-1, keepdims=True)
-                for name in (MAP, PROBABILITY)
-                for weight in self._learner.get_layer(name).get_weights()
-            ]
-        weights = [state[: len(self._learner.weights)] for state in self._states]
-        return [np.mean(one, axis=0) for one in zip(*weights, strict=True)]
+    def states(self) -> list[list[np.ndarray]]:
+        """Return what the fits have learned so far, for `merge`."""
+        return list(self._states)
 
-    def put(self, weights: list[np.ndarray]) -> None:
-        """Give the model weights that `mean` returned."""
-        if self._at_once:
-            self._model.get_layer(MAP).set_weights(weights[:2])
-            self._model.get_layer(PROBABILITY).set_weights(weights[2:])
-        else:
-            self._fitted.set_weights(weights)
+    def merge(
+        self, states: list[list[np.ndarray]], plain: np.ndarray, parts: list[np.ndarray]
+    ) -> None:
+        """Give the model the mean of the fits' weights, and make it as sure as they are.
+
+        The mean of fits that tune a block has log-odds of another scale and shift than theirs,
+        which calibration, threshold and review band are chosen for. They are moved to where they
+        differ least from the mean log-odds of the fits that learned from a picture.
+
+        Args:
+            states: as `states` returned them.
+            plain: numbers of the pictures as they are.
+            parts: indices in `plain` of what each fit held back.
+        """
+        some = np.linspace(0, len(plain) - 1, min(len(plain), AGREED)).astype(int)
+        each = []
+        for state in states:
+            self._restore(state)
+            each.append(self._predict(plain[some]))
+        learned = np.stack([~np.isin(some, part) for part in parts], axis=1)
+        together = metrics.mean_in_log_odds(np.concatenate(each, axis=1), learned)
+        self._put_mean(states)
+        found = self._predict(plain[some], self._fitted)[:, 0]
+        labels, photographs = self._features.labels, self._features.photographs
+        weights = photograph_weights(labels[plain[some]], photographs[plain[some]])
+        network.calibrate(self._model, metrics.calibration(together, found, weights))
+
+    def _put_mean(self, states: list[list[np.ndarray]]) -> None:
+        if not self._at_once:
+            weights = [state[: len(self._learner.weights)] for state in states]
+            self._fitted.set_weights([np.mean(one, axis=0) for one in zip(*weights, strict=True)])
+            return
+        self._restore(states[0])
+        for name in (MAP, PROBABILITY):
+            each = self._learner.get_layer(name).get_weights()
+            self._model.get_layer(name).set_weights([one.mean(-1, keepdims=True) for one in each])
 
     def _weigh(self, part: np.ndarray) -> np.ndarray:
         """Return the weights of the variants for a fit: 0 for its part, both classes the same."""
@@ -309,10 +333,10 @@ class _Fits:
         length = tf.sqrt(tf.add_n(squares))  # of each fit's, which its last axis counts
         return [g / tf.maximum(length, 1.0) for g in gradients]
 
-    def _predict(self, numbers: np.ndarray) -> np.ndarray:
+    def _predict(self, numbers: np.ndarray, judge: keras.Model | None = None) -> np.ndarray:
         return np.concatenate(
             [
-                self._learner.predict_on_batch(
+                (judge or self._learner).predict_on_batch(
                     self._features.take(numbers[start : start + BATCH]).astype(np.float32)
                 )
                 for start in range(0, len(numbers), BATCH)
@@ -327,9 +351,8 @@ class _Fits:
         return [keras.ops.convert_to_numpy(v) for v in self._variables()]
 
     def _restore(self, state: list[np.ndarray]) -> None:
-        if len(self._columns) > 1:
-            for variable, value in zip(self._variables(), state, strict=True):
-                variable.assign(value)
+        for variable, value in zip(self._variables(), state, strict=True):
+            variable.assign(value)
 
 
 class _Scaled(keras.optimizers.schedules.LearningRateSchedule):
