@@ -79,6 +79,7 @@ def main() -> None:
         paths = sorted(pictures.rglob("*.jpeg"))
         model, environment = prepare_model(folder, paths)
         one_picture(model, paths[0])
+        one_core(folder / "sets", paths[0])
         some = folder / "some"
         some.mkdir()
         for number, path in enumerate(paths[::THROUGHPUT]):
@@ -126,6 +127,11 @@ def register(folder: str, paths: list[str]) -> None:
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
     parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
+    sets = Path(folder) / "sets"
+    sets.mkdir()
+    for hyper in parameters.sets:
+        litert = cnn.to_litert(cnn.build(parameters.image_size, hyper))
+        (sets / f"{hyper.name}.tflite").write_bytes(litert)
     built = cnn.build(parameters.image_size, parameters.sets[0])
     scope = Scope.of(np.stack([images.decode(Path(p), parameters.image_size) for p in paths]))
     with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
@@ -163,6 +169,20 @@ def one_picture(model: Path, path: Path) -> None:
     print(f"one picture, pixels in memory: {judged:.3f} ms; decoding its JPEG too {decoded:.3f} ms")
     print(f"  bare interpreter {alone:.3f} ms: {judged / alone:.2f} x of it (at most 1.3)")
     print(f"  keras.predict {keras:.1f} ms: {keras / judged:.0f} x as fast")
+
+
+def one_core(sets: Path, path: Path) -> None:
+    """Time each set of src/config.yaml on one core."""
+    from defect_detection import images, settings
+    from defect_detection.classifier import Classifier
+
+    size = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters.image_size
+    picture = images.decode(path, size)[np.newaxis]
+    files = sorted(sets.iterdir())
+    judges = [Classifier(file.read_bytes(), size, threads=1).probabilities for file in files]
+    times = medians(*(lambda judge=judge: judge(picture) for judge in judges))
+    shown = ", ".join(f"{f.stem} {t:.1f} ms" for f, t in zip(files, times, strict=True))
+    print(f"one picture on one core: {shown}")
 
 
 def medians(*calls: Callable[[], object]) -> list[float]:
