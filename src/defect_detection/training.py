@@ -378,8 +378,17 @@ def _standardise(model: keras.Model, features: Features) -> bool:
     varied = np.flatnonzero(features.varied)
     count = min(len(varied), MEASURED, MEASURED_PLACES // math.prod(features.shape[1:3]) + 1)
     some = varied[np.linspace(0, len(varied) - 1, count).astype(int)]
-    values, begin = features.take(some).astype(np.float32), model.get_layer(network.FEATURES).output
+    begin, between = model.get_layer(network.FEATURES).output, None
     if layer.input is not begin:  # blocks that are tuned come between
-        values = keras.Model(begin, layer.input).predict(values, BATCH, verbose=0)
-    layer.set_weights([values.mean((0, 1, 2)), values.var((0, 1, 2))])
+        between = keras.Model(begin, layer.input)
+    sums, squares, places = 0.0, 0.0, 0
+    for start in range(0, len(some), BATCH):  # not all at once: half a gigabyte
+        values = features.take(some[start : start + BATCH]).astype(np.float32)
+        if between is not None:
+            values = between.predict_on_batch(values)
+        values = values.astype(float)
+        sums, squares = sums + values.sum((0, 1, 2)), squares + (values**2).sum((0, 1, 2))
+        places += math.prod(values.shape[:3])
+    mean = sums / places
+    layer.set_weights([mean, squares / places - mean**2])
     return True
