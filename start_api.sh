@@ -21,7 +21,7 @@ print(env.get("API_PORT", settings.API_PORT), env.get("JOBS_PATH", settings.JOBS
 pid_file=$state/api.pid
 mkdir -p "$state"
 
-# The process id of the API that runs, nothing if none does. A PID file alone proves nothing: after
+# The process id of the running API, empty if none runs. A PID file alone proves nothing: after
 # a crash its number may belong to another program.
 running() {
     local pid

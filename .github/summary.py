@@ -6,28 +6,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-
-from defect_detection import registry, report, script, settings, tracking  # noqa: E402
+from defect_detection import cli, settings  # noqa: E402
+from defect_detection.pipeline.best_model import BestModel  # noqa: E402
+from defect_detection.pipeline.summary import Summary  # noqa: E402
+from defect_detection.registry import store  # noqa: E402
 from defect_detection.settings import Config  # noqa: E402
-from defect_detection.tracking import BestModel  # noqa: E402
 
 
 def main() -> None:
-    """Find the runs of the last training and evaluation and print them."""
-    env = settings.environment()
+    """Collect the last training and evaluation, and print them."""
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    with tracking.connected(settings.tracking_uri(env)):
+    names = config.mlflow
+    with store.connected(settings.tracking_uri(settings.environment())):
         best = BestModel.read(settings.from_root(config.paths.best_model))
-        sets = tracking.training_runs(best)
-        curves = {
-            run.data.tags["mlflow.runName"]: tracking.history(run, "val_accuracy") for run in sets
-        }
-        evaluation = tracking.newest_evaluation(best, f"eval/{config.mlflow.experiment_name}")
-        production = registry.behind_alias(
-            config.mlflow.production_model_name, registry.PRODUCTION_ALIAS
-        )
-    print(report.markdown(sets, best.run_id, curves, evaluation, production))
+        experiment = f"eval/{names.experiment_name}"
+        print(Summary.collect(best, experiment, names.production_model_name).markdown())
 
 
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

@@ -1,7 +1,7 @@
-"""Draw synthetic pictures of machined castings into data/train and data/test.
+"""Draw synthetic images of machined castings into data/train and data/test.
 
-They stand in for pictures of your own, so that the pipeline runs at once; a model trained on them
-knows nothing of real parts. The same seed draws the same pictures.
+They stand in for images of your own, so that the pipeline runs at once; a model trained on them
+knows nothing of real parts. The same seed draws the same images.
 """
 
 import argparse
@@ -40,17 +40,17 @@ def main() -> None:
     if foreign:
         sys.exit(
             f"error: {foreign[0]} is not synthetic. Nothing was drawn: give another folder "
-            f"with --out, or move your own pictures away first"
+            f"with --out, or move your own images away first"
         )
     try:
         total = draw_all(options.out, options.seed)
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}")
-    print(f"{total} synthetic pictures drawn into {options.out}/train and {options.out}/test")
+    print(f"{total} synthetic images drawn into {options.out}/train and {options.out}/test")
 
 
 def draw_all(out: Path, seed: int, counts: dict[str, dict[str, int]] = COUNTS) -> int:
-    """Draw `counts` pictures into `out/<split>/<class>`; return how many."""
+    """Draw `counts` images into `out/<split>/<class>`; return how many."""
     total = 0
     for i, (split, classes) in enumerate(counts.items()):
         for j, (name, count) in enumerate(classes.items()):
@@ -74,7 +74,7 @@ def draw(rng: np.random.Generator, defect: str | None) -> Image.Image:
         defect: a key of DEFECTS, or None for a good part.
 
     Returns:
-        A grey picture of SIZE x SIZE pixels.
+        A grey image of SIZE x SIZE pixels.
     """
     side = SIZE * SCALE
     part = _Part(rng, side)

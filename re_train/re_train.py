@@ -1,13 +1,11 @@
-"""Fine-tune the model that waits at Testing_Reg@re-train, evaluate it and register it.
+"""Fine-tune the model at Testing_Reg@re-train, evaluate it and register it.
 
-Without a model there, the one at Production_Reg@prod is taken; without that one, a new model.
-Parameters come from re_train/re_train.yaml; what is not there, from src/config.yaml, where the
-layers and the learning rate of a new model are those of the first set.
+If there is none, the model at Production_Reg@prod is fine-tuned; if there is none either, a new
+model is fitted. Parameters come from re_train/re_train.yaml and, where it has none, from
+src/config.yaml: a new model has the layers and the learning rate of its first set.
 """
 
-import json
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,25 +16,26 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import mlflow  # noqa: E402
 
-from defect_detection import (  # noqa: E402
-    audit,
-    dataset,
-    jobs,
-    promotion,
-    registry,
-    script,
-    settings,
-    steps,
-    tracking,
+from defect_detection import cli, settings  # noqa: E402
+from defect_detection.dataset import split as splits  # noqa: E402
+from defect_detection.dataset.folder import DataFolder  # noqa: E402
+from defect_detection.pipeline import fit, record, tell  # noqa: E402
+from defect_detection.pipeline.evaluate import (  # noqa: E402
+    EvaluationPlan,
+    evaluate_and_register,
 )
+from defect_detection.pipeline.fit import FitPlan  # noqa: E402
+from defect_detection.pipeline.register import Rules  # noqa: E402
+from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
+from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
+from defect_detection.service.jobs import Reporter  # noqa: E402
 from defect_detection.settings import (  # noqa: E402
     Config,
+    FitParameters,
     HyperParameters,
     MLflowNames,
     RetrainConfig,
     RetrainOverrides,
-    RetrainParameters,
-    Schedule,
 )
 
 if TYPE_CHECKING:
@@ -46,115 +45,110 @@ RETRAIN_FILE = ROOT / "re_train" / "re_train.yaml"
 
 
 def main() -> None:
-    """Settings, data, model; then fine-tune, evaluate, register and try it on two pictures."""
-    options = arguments()
+    """Read settings, data and model; then fine-tune, evaluate, register, and try two images."""
+    parser = cli.parser(__doc__, "python re_train/re_train.py --epochs 3")
+    RetrainOverrides.add_options(parser)
+    options = parser.parse_args()
+    overrides = RetrainOverrides.from_options(options)
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     own = settings.read_yaml(RETRAIN_FILE, RetrainConfig)
-    parameters = override(own.model_parameters, options)
-    folder = script.data_folder(options.data, env, own.paths.data_path)
     cache = settings.from_root(config.paths.cache)
-    reporter = jobs.Reporter(env)
+    folder = DataFolder.choose(options.data, env, own.paths.data_path, cache)
+    device, reporter = settings.device(env), Reporter(env)
+    rules = Rules(own.mlflow, config.decisions.promotion, promotion.actor(env))
+    evaluation = EvaluationPlan(rules, config.decisions.max_escape_rate, prefix="test_")
 
-    with tracking.connected(settings.tracking_uri(env)):
-        experiment = tracking.open_experiment(own.mlflow.experiment_name)
-        split = audit.load(folder, parameters.image_size, cache)
+    with store.connected(settings.tracking_uri(env)):
+        experiment = store.open_experiment(own.mlflow.experiment_name)
+        split = splits.load(folder, own.model_parameters.image_size)
         print(split.leakage)
-        pictures = dataset.example_pictures(folder, own.inference_examples, print)
-        start, source = choose_start(own.mlflow)
+        examples = folder.examples(own.inference_examples, print)
+        start = choose_start(own.mlflow)
+        source = describe(start, own.mlflow)
         print(f"Starting from {source}", flush=True)
-        shared = config.model_parameters
-        if start is None and options.learning_rate is None:
-            # A rate that fine-tunes a model teaches a new one nothing.
-            parameters = replace(parameters, learning_rate=shared.sets[0].learning_rate)
-        with mlflow.start_run(experiment_id=experiment, run_name="re-train") as run:
+        planned = plan(config, own, overrides, start, device)
+        with mlflow.start_run(experiment_id=experiment, run_name="re-train"):
             mlflow.set_tag("started_from", source)
-            if start is None:
-                mlflow.log_params(shared.sets[0].layers())
-            tracking.log_dataset(split.training, folder, "training")
-            reporter.progress(0, parameters.epochs, run.info.run_id)
-            fitted = steps.fit(
-                "re-train",
-                partial(make_model, start, parameters.image_size, shared.sets[0]),
-                split,
-                folder,
-                shared.sampling(cache),
-                Schedule(
-                    parameters.learning_rate,
-                    shared.sets[0].weight_decay,
-                    parameters.batch_size,
-                    parameters.epochs,
-                    shared.validation_share,
-                    shared.seed,
-                ),
-                config.decisions,
-                shared.quantize,
-                settings.device(env),
-                on_epoch=lambda epoch: reporter.progress(epoch, parameters.epochs, run.info.run_id),
-            )
-            classifier = registry.load_classifier(fitted.model_uri)
-            version = steps.evaluate_and_register(
-                classifier,
-                fitted,
-                split,
-                folder,
-                cache,
-                own.mlflow,
-                config.decisions,
-                promotion.whoever(env),
-                prefix="test_",
-            )
-    for picture in pictures:
-        print(f"{picture}  {classifier.classify(picture)}")
+            record.dataset(split.training, "training")
+            record.plan(planned, split.training)
+            report_epoch(planned, reporter, 0, {})
+            fitted = fit.fit(planned, split.training, partial(report_epoch, planned, reporter))
+            trained = record.fit(fitted, split.training.file(0).read_bytes())
+            classifier = saved_model.load_classifier(trained.model_uri)
+            version = evaluate_and_register(trained, classifier, split, evaluation)
+    for image in examples:
+        print(f"{image}  {classifier.classify(image)}")
     reporter.result(version.name, version.number, version.acc)
 
 
-def arguments() -> Namespace:
-    """Read the options; those of the parameters win over re_train.yaml."""
-    parser = script.parser(__doc__, "python re_train/re_train.py --epochs 3")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float)
-    return parser.parse_args()
+def choose_start(names: MLflowNames) -> Version | None:
+    """Return the version to fine-tune, None to fit a new model."""
+    waiting = versions.with_alias(names.testing_model_name, names.testing_model_alias)
+    return waiting or versions.in_production(names.production_model_name)
 
 
-def override(parameters: RetrainParameters, options: Namespace) -> RetrainParameters:
-    """Put the options that were given in the place of re_train.yaml's values.
-
-    Raises:
-        PipelineError: one is out of range.
-    """
-    given = {
-        name: getattr(options, name)
-        for name in ("epochs", "batch_size", "learning_rate")
-        if getattr(options, name) is not None
-    }
-    settings.parse_json(json.dumps(given), RetrainOverrides, "The options")
-    return replace(parameters, **given)
+def describe(start: Version | None, names: MLflowNames) -> str:
+    """Return in words what the retraining starts from."""
+    if start is None:
+        return "a new model"
+    waiting = start.name == names.testing_model_name
+    alias = names.testing_model_alias if waiting else PRODUCTION_ALIAS
+    return f"{start.name} version {start.number} ({alias})"
 
 
-def choose_start(names: MLflowNames) -> tuple[str | None, str]:
-    """Return the URI of the model to start from, None for a new one, and its name in words."""
-    for name, alias in (
-        (names.testing_model_name, names.testing_model_alias),
-        (names.production_model_name, registry.PRODUCTION_ALIAS),
-    ):
-        found = registry.behind_alias(name, alias)
-        if found is not None:
-            return found.uri, f"{name} version {found.number} ({alias})"
-    return None, "a new model"
+def plan(
+    config: Config,
+    own: RetrainConfig,
+    overrides: RetrainOverrides,
+    start: Version | None,
+    device: str,
+) -> FitPlan:
+    """Return how the model is fitted."""
+    shared, first = config.model_parameters, config.model_parameters.sets[0]
+    parameters = replace(own.model_parameters, **overrides.given())
+    if start is None and overrides.learning_rate is None:
+        # A rate that fine-tunes a model would teach a new one nothing.
+        parameters = replace(parameters, learning_rate=first.learning_rate)
+    return FitPlan(
+        name="re-train",
+        make_model=partial(make_model, start, parameters.image_size, first),
+        parameters=FitParameters(
+            parameters.learning_rate,
+            first.weight_decay,
+            parameters.batch_size,
+            parameters.epochs,
+            shared.validation_share,
+            shared.seed,
+        ),
+        sampling=shared.sampling(settings.from_root(config.paths.cache)),
+        decisions=config.decisions,
+        quantize=shared.quantize,
+        device=device,
+        layers=first.layers() if start is None else {},
+    )
 
 
 def make_model(
-    start: str | None, image_size: tuple[int, int], hyper: HyperParameters
+    start: Version | None, image_size: tuple[int, int], hyper: HyperParameters
 ) -> "keras.Model":
-    """Load the Keras model to start from, or build a new one with the layers of `hyper`."""
-    from defect_detection import model  # imports TensorFlow
+    """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`."""
+    from defect_detection.training import network  # TensorFlow takes 4 s to import
 
     if start is None:
-        return model.build(image_size, hyper)
-    return registry.load_keras(start, image_size)
+        return network.build(image_size, hyper)
+    return saved_model.load_keras(start.uri, image_size)
+
+
+def report_epoch(
+    planned: FitPlan, reporter: Reporter, number: int, values: dict[str, float]
+) -> None:
+    """Log and print an epoch, and report it to the API; number 0 is the start."""
+    if number:
+        record.epoch(number, values)
+        tell.epoch(planned, number, values)
+    reporter.progress(number, planned.parameters.epochs, record.run_id())
 
 
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

@@ -1,57 +1,62 @@
-"""Say what a test accuracy on these pictures would be worth, before anything is trained.
+"""Find out what a test accuracy on these images would be worth, before anything is trained.
 
-Unreadable, doubled and odd-sized pictures; pictures made from one photograph, wherever they lie;
-photographs under two labels; how many test pictures show a photograph that is also in training.
+It reports unreadable, duplicate and odd-sized images; images that come from one photograph;
+photographs with two labels; and how many test images share a photograph with training.
 """
 
 import json
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from defect_detection import audit, script, settings
-from defect_detection.files import replacing, write_mapping
+from defect_detection import cli, settings
+from defect_detection.atomic import replace_atomically, write_mapping
+from defect_detection.dataset import audit, split
+from defect_detection.dataset.folder import DataFolder
 from defect_detection.settings import Config
 
 
 def main() -> int:
-    """Options and settings; then split anew if asked to, look, and say what was found."""
-    parser = script.parser(__doc__, "python src/audit.py --data ~/pictures/castings --strict")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was found")
+    """Read options and settings; then make a new split if asked to, inspect, and print."""
+    parser = cli.parser(__doc__, "python src/audit.py --data ~/images/castings --strict")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings there")
     parser.add_argument(
-        "--groups", type=Path, metavar="FILE.csv", help="the photograph of each picture: path,photo"
+        "--groups",
+        type=Path,
+        metavar="FILE.csv",
+        help="write each image's photograph there",
     )
     parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="a picture of the worst that was found"
+        "--sheet", type=Path, metavar="FILE.png", help="draw the worst findings there"
     )
     parser.add_argument(
         "--resplit",
         type=_share,
         metavar="SHARE",
-        help="write split.csv into the data folder: a test set of this share, clean by photograph",
+        help="write split.csv into the data folder: a test set of this share without leakage",
     )
-    parser.add_argument("--strict", action="store_true", help="exit code 1 unless all is clean")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if anything was found")
     options = parser.parse_args()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    folder = script.data_folder(options.data, settings.environment(), config.paths.data_path)
     parameters, cache = config.model_parameters, settings.from_root(config.paths.cache)
+    env = settings.environment()
+    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
 
     if options.resplit:
-        written = audit.resplit(
-            folder, options.resplit, parameters.seed, parameters.image_size, cache
-        )
-        print(f"Written: {written}. Delete it to go back.\n")
-    found = audit.inspect(folder, parameters.image_size, cache)
+        seed, image_size = parameters.seed, parameters.image_size
+        written = split.resplit(folder, options.resplit, seed, image_size)
+        print(f"Written: {written}. Delete it to undo this.\n")
+    found = audit.inspect(folder, parameters.image_size)
     print(audit.text(found))
     if options.json:
-        with replacing(options.json) as temporary:
+        with replace_atomically(options.json) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
     if options.groups:
         write_mapping(options.groups, "path", "photo", found.groups())
     if options.sheet:
-        from defect_detection import plots  # matplotlib: 1 s
+        from defect_detection.evaluation import figures  # matplotlib takes 1 s
 
-        with replacing(options.sheet) as temporary:
-            plots.contact_sheet(folder, found).savefig(temporary, format="png")
+        with replace_atomically(options.sheet) as temporary:
+            figures.contact_sheet(folder.path, found).savefig(temporary, format="png")
     return int(options.strict and not found.clean)
 
 
@@ -66,4 +71,4 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

@@ -1,46 +1,44 @@
 """Evaluate the model of best_model.json on data/test, register it and write a report.
 
-A test accuracy at or above the threshold of src/config.yaml registers it as Production_Reg, whose
-version with the highest accuracy gets the alias prod; one below, as Testing_Reg. The version that
-is behind prod is judged on the same pictures.
+A test accuracy at or above the threshold of src/config.yaml registers it as Production_Reg, where
+the version with the highest accuracy gets the alias prod. A lower one registers it as Testing_Reg.
+The version in production is judged on the same images.
 """
 
 import mlflow
 
-from defect_detection import audit, promotion, registry, script, settings, steps, tracking
+from defect_detection import cli, settings
+from defect_detection.dataset import split as splits
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.pipeline.best_model import BestModel
+from defect_detection.pipeline.evaluate import EvaluationPlan, evaluate_and_register
+from defect_detection.pipeline.register import Rules
+from defect_detection.registry import promotion, saved_model, store
 from defect_detection.settings import Config
-from defect_detection.tracking import BestModel
 
 
 def main() -> None:
-    """Settings, model, data; then score, register and say what happened."""
-    example = "python src/evaluation.py --data ~/pictures/castings"
-    options = script.parser(__doc__, example).parse_args()
+    """Read settings, model and data; then evaluate and register."""
+    example = "python src/evaluation.py --data ~/images/castings"
+    options = cli.parser(__doc__, example).parse_args()
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    folder = script.data_folder(options.data, env, config.paths.data_path)
+    cache = settings.from_root(config.paths.cache)
+    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    rules = Rules(config.mlflow, config.decisions.promotion, promotion.actor(env))
+    plan = EvaluationPlan(rules, config.decisions.max_escape_rate)
 
-    with tracking.connected(settings.tracking_uri(env)):
+    with store.connected(settings.tracking_uri(env)):
         best = BestModel.read(settings.from_root(config.paths.best_model))
-        classifier = registry.load_classifier(best.model_uri)
-        cache = settings.from_root(config.paths.cache)
-        split = audit.load(folder, classifier.image_size, cache)
+        classifier = saved_model.load_classifier(best.model_uri)
+        split = splits.load(folder, classifier.image_size)
         if split.training.digest != best.data_digest:
-            print(f"{folder / 'train'} has changed since this model was trained on it")
-        experiment = tracking.open_experiment(f"eval/{config.mlflow.experiment_name}")
+            print(f"{split.training} has changed since this model was trained on it")
+        experiment = store.open_experiment(f"eval/{config.mlflow.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
         with mlflow.start_run(experiment_id=experiment, run_name="evaluation", tags=tags):
-            steps.evaluate_and_register(
-                classifier,
-                best,
-                split,
-                folder,
-                cache,
-                config.mlflow,
-                config.decisions,
-                promotion.whoever(env),
-            )
+            evaluate_and_register(best, classifier, split, plan)
 
 
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

@@ -1,18 +1,19 @@
-"""Say which version of Production_Reg is behind prod and how it came there, or change it.
+"""Show which version of Production_Reg has the alias prod and why, or change it.
 
 Without options, all versions and all changes are listed. A version that a person moves prod away
-from, or past, is set aside: evaluations give it prod no more, until a person does.
+from, or past, is set aside: evaluations do not give it prod again, only a person does.
 """
 
-from defect_detection import promotion, registry, script, settings, tracking
-from defect_detection.promotion import Change, Recorded
-from defect_detection.registry import PRODUCTION_ALIAS, Version
+from defect_detection import cli, settings
+from defect_detection.registry import promotion, store, versions
+from defect_detection.registry.promotion import Change, Recorded
+from defect_detection.registry.versions import PRODUCTION_ALIAS, Version
 from defect_detection.settings import Config
 
 
 def main() -> None:
-    """Settings; then list, choose or roll back."""
-    parser = script.parser(
+    """Read options and settings; then list, choose or roll back."""
+    parser = cli.parser(
         __doc__, "python src/promote.py --rollback --why 'misses cracks on line 3'", data=False
     )
     what = parser.add_mutually_exclusive_group()
@@ -25,32 +26,32 @@ def main() -> None:
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     name = config.mlflow.production_model_name
 
-    with tracking.connected(settings.tracking_uri(env)):
-        by = promotion.whoever(env)
+    with store.connected(settings.tracking_uri(env)):
+        by = promotion.actor(env)
         if options.version is not None:
             why = options.why or "chosen"
-            print(said(name, promotion.choose(name, options.version, why, by)))
+            print(describe(name, promotion.choose(name, options.version, why, by)))
         elif options.rollback:
-            print(said(name, promotion.roll_back(name, options.why or "rolled back", by)))
+            print(describe(name, promotion.roll_back(name, options.why or "rolled back", by)))
         else:
-            behind = registry.behind_alias(name, PRODUCTION_ALIAS)
-            print(versions_table(name, registry.versions(name), behind))
+            production = versions.in_production(name)
+            print(versions_table(name, versions.with_accuracy(name), production))
             print(changes_table(promotion.history(name)))
 
 
-def said(name: str, change: Change) -> str:
-    """Say a change in a line or two."""
+def describe(name: str, change: Change) -> str:
+    """Return a change in a line or two."""
     done = f"{PRODUCTION_ALIAS} of {name} is version {change.after}, was {change.before or 'none'}"
     if change.set_aside:
         done += f"\nset aside until a person chooses them: {', '.join(map(str, change.set_aside))}"
     return done
 
 
-def versions_table(name: str, versions: list[Version], behind: Version | None) -> str:
-    """Lay the versions out, the one behind prod marked."""
-    lines = [name, "  version  test accuracy  on unseen  test pictures  state"]
-    for version in reversed(versions):
-        here = behind is not None and version.number == behind.number
+def versions_table(name: str, known: list[Version], production: Version | None) -> str:
+    """Return a table of the versions, the one in production marked."""
+    lines = [name, "  version  test accuracy  on unseen  test images  state"]
+    for version in reversed(known):
+        here = production is not None and version.number == production.number
         state = [PRODUCTION_ALIAS] if here else []
         state += ["set aside"] if version.set_aside else []
         state += [] if version.qualified else ["not better beyond chance"]
@@ -66,7 +67,7 @@ def versions_table(name: str, versions: list[Version], behind: Version | None) -
 
 
 def changes_table(history: list[Recorded]) -> str:
-    """Lay the changes of the alias out, the newest first."""
+    """Return a table of the changes of the alias, the newest first."""
     lines = [f"\nChanges of {PRODUCTION_ALIAS}, the newest first"]
     for recorded in history:
         change = recorded.change
@@ -80,4 +81,4 @@ def changes_table(history: list[Recorded]) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

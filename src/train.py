@@ -1,7 +1,7 @@
 """Train the CNN with each hyper-parameter set of src/config.yaml and keep the best.
 
-Each set is an MLflow run. Which model had the highest accuracy on the photographs held back from
-data/train is written to best_model.json, from where src/evaluation.py takes it.
+Each set is an MLflow run. The model with the highest accuracy on photographs held out from
+data/train is written to best_model.json, which src/evaluation.py reads.
 
 With --folds no model is kept: each set is cross-validated on data/train, by photograph.
 """
@@ -14,128 +14,115 @@ from typing import TYPE_CHECKING
 
 import mlflow
 
-from defect_detection import audit, script, settings, steps, tracking
-from defect_detection.audit import Split
-from defect_detection.files import require_writable
+from defect_detection import cli, settings
+from defect_detection.atomic import require_writable
+from defect_detection.dataset import split as splits
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.dataset.split import Split
+from defect_detection.pipeline import fit, record, tell
+from defect_detection.pipeline.best_model import BestModel
+from defect_detection.pipeline.fit import FitPlan, Fold
+from defect_detection.pipeline.record import TRAINING_TAG, Trained
+from defect_detection.registry import store
 from defect_detection.settings import Config, HyperParameters, ModelParameters
-from defect_detection.steps import CrossValidated, Fitted
 
 if TYPE_CHECKING:
     import keras
 
 
 def main() -> None:
-    """Settings, data, then for each set: fit and log; keep the best; say what happened."""
-    parser = script.parser(__doc__, "python src/train.py --data ~/pictures/castings")
+    """Read settings and data; then fit each set, and keep the best."""
+    parser = cli.parser(__doc__, "python src/train.py --data ~/images/castings")
     parser.add_argument("--folds", type=_folds, metavar="N", help="cross-validate instead")
     options = parser.parse_args()
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    folder = script.data_folder(options.data, env, config.paths.data_path)
-    device = settings.device(env)
+    cache = settings.from_root(config.paths.cache)
+    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    plans = [plan(config, one, cache, settings.device(env)) for one in config.model_parameters.sets]
     best_file = settings.from_root(config.paths.best_model)
     require_writable(best_file.parent)
 
-    with tracking.connected(settings.tracking_uri(env)):
-        experiment = tracking.open_experiment(f"train/{config.mlflow.experiment_name}")
-        cache = settings.from_root(config.paths.cache)
-        split = audit.load(folder, config.model_parameters.image_size, cache)
-        print(f"{folder / 'train'}: {split.training.counts}\n{split.leakage}", flush=True)
+    with store.connected(settings.tracking_uri(env)):
+        experiment = store.open_experiment(f"train/{config.mlflow.experiment_name}")
+        split = splits.load(folder, config.model_parameters.image_size)
+        print(f"{split.training}: {split.training.counts}\n{split.leakage}", flush=True)
         if options.folds:
-            validated = validate_sets(config, options.folds, split, folder, experiment, device)
-            print(folds_table(validated, options.folds))
+            tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
             return
-        fitted = fit_sets(config, split, folder, experiment, device)
-        best = max(fitted, key=lambda one: (one.val_accuracy, -one.val_loss))
+        trained = fit_sets(plans, split, experiment)
+        best = max(trained, key=lambda one: (one.val_accuracy, -one.val_loss))
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        kept = tracking.BestModel(
-            best.run_id, best.model_uri, best.val_accuracy, split.training.digest, now
-        )
-        kept.write(best_file)
-    print(table(fitted, best))
-    print(f"Best: {best.name}, written to {best_file}. Next: python src/evaluation.py")
+        digest = split.training.digest
+        BestModel(best.run_id, best.model_uri, best.val_accuracy, digest, now).write(best_file)
+    tell.sets(trained, best, best_file)
 
 
-def fit_sets(
-    config: Config, split: Split, folder: Path, experiment: str, device: str
-) -> list[Fitted]:
-    """Fit and log each set in a run of its own, all on the same pictures."""
+def plan(config: Config, hyper: HyperParameters, cache: Path, device: str) -> FitPlan:
+    """Return how a set is fitted."""
     parameters = config.model_parameters
-    fitted, training = [], {tracking.TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
-    for number, hyper in enumerate(parameters.sets, start=1):
-        print(f"\nSet {number} of {len(parameters.sets)}: {hyper.name}", flush=True)
-        with mlflow.start_run(experiment_id=experiment, run_name=hyper.name, tags=training):
-            tracking.log_dataset(split.training, folder, "training")
-            steps.log_leakage(split)
-            mlflow.log_params({"set": hyper.name} | hyper.layers())
-            one = steps.fit(
-                hyper.name,
-                partial(build, parameters, hyper),
-                split,
-                folder,
-                parameters.sampling(settings.from_root(config.paths.cache)),
-                parameters.schedule(hyper),
-                config.decisions,
-                parameters.quantize,
-                device,
-            )
-            fitted.append(one)
-    return fitted
-
-
-def validate_sets(
-    config: Config,
-    folds: int,
-    split: Split,
-    folder: Path,
-    experiment: str,
-    device: str,
-) -> list[CrossValidated]:
-    """Cross-validate and log each set in a run of its own, all on the same folds."""
-    parameters, validated = config.model_parameters, []
-    for number, hyper in enumerate(parameters.sets, start=1):
-        print(f"\nSet {number} of {len(parameters.sets)}: {hyper.name}", flush=True)
-        name = f"{hyper.name} {folds} folds"
-        with mlflow.start_run(experiment_id=experiment, run_name=name):
-            tracking.log_dataset(split.training, folder, "training")
-            mlflow.log_params({"set": hyper.name, "folds": folds} | hyper.layers())
-            one = steps.cross_validate(
-                hyper.name,
-                partial(build, parameters, hyper),
-                split,
-                folds,
-                parameters.sampling(settings.from_root(config.paths.cache)),
-                parameters.schedule(hyper),
-                device,
-            )
-            validated.append(one)
-    return validated
+    return FitPlan(
+        name=hyper.name,
+        make_model=partial(build, parameters, hyper),
+        parameters=parameters.fit_parameters(hyper),
+        sampling=parameters.sampling(cache),
+        decisions=config.decisions,
+        quantize=parameters.quantize,
+        device=device,
+        layers=hyper.layers(),
+    )
 
 
 def build(parameters: ModelParameters, hyper: HyperParameters) -> "keras.Model":
     """Build the CNN of a set."""
-    from defect_detection import model  # TensorFlow: 4 s that an earlier error need not wait for
+    from defect_detection.training import network  # TensorFlow takes 4 s to import
 
-    return model.build(parameters.image_size, hyper)
+    return network.build(parameters.image_size, hyper)
 
 
-def folds_table(validated: list[CrossValidated], folds: int) -> str:
-    """Lay a cross-validation out: mean and range over the folds."""
-    names = steps.CROSS_VALIDATED
-    width = max(8, *(len(one.name) for one in validated))
-    lines = [
-        f"\n{folds} folds, each judged by a model that saw none of its photographs: "
-        "mean (lowest to highest)",
-        f"  {'set':{width}}  {'of':11}" + "".join(f"  {name:22}" for name in names.values()),
-    ]
-    for one in validated:
-        for of, scores in (("pictures", one.pictures), ("photographs", one.photographs)):
-            cells = ""
-            for name in names:
-                mean, low, high = steps.over_folds(scores, name)
-                cells += f"  {f'{mean:.3f} ({low:.3f} to {high:.3f})':22}"
-            lines.append(f"  {one.name:{width}}  {of:11}{cells}")
-    return "\n".join(line.rstrip() for line in lines)
+def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Trained]:
+    """Fit each set to the same images and log it in a run of its own."""
+    trained = []
+    tags = {TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
+    example = split.training.file(0).read_bytes()
+    for number, planned in enumerate(plans, start=1):
+        print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
+        with mlflow.start_run(experiment_id=experiment, run_name=planned.name, tags=tags):
+            record.dataset(split.training, "training")
+            record.leakage(split)
+            record.plan(planned, split.training, set=planned.name)
+            fitted = fit.fit(planned, split.training, partial(report_epoch, planned))
+            trained.append(record.fit(fitted, example))
+    return trained
+
+
+def report_epoch(planned: FitPlan, number: int, values: dict[str, float]) -> None:
+    """Log and print an epoch."""
+    record.epoch(number, values)
+    tell.epoch(planned, number, values)
+
+
+def cross_validate_sets(
+    plans: list[FitPlan], split: Split, experiment: str, folds: int
+) -> dict[str, list[Fold]]:
+    """Cross-validate each set on the same folds and log it in a run of its own."""
+    validated = {}
+    for number, planned in enumerate(plans, start=1):
+        print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
+        name = f"{planned.name} {folds} folds"
+        with mlflow.start_run(experiment_id=experiment, run_name=name):
+            record.dataset(split.training, "training")
+            record.plan(planned, split.training, set=planned.name, folds=folds)
+            scored = fit.cross_validate(planned, split.training, folds, report_fold)
+            record.folds(scored)
+        validated[planned.name] = scored
+    return validated
+
+
+def report_fold(scored: Fold) -> None:
+    """Log and print a fold."""
+    record.fold(scored)
+    tell.fold(scored)
 
 
 def _folds(text: str) -> int:
@@ -144,18 +131,5 @@ def _folds(text: str) -> int:
     return int(text)
 
 
-def table(fitted: list[Fitted], best: Fitted) -> str:
-    """Lay the sets out as a table, the best marked."""
-    width = max(8, *(len(one.name) for one in fitted))
-    lines = [f"\n  {'set':{width}}  best epoch  validation accuracy  seconds  run id"]
-    for one in fitted:
-        mark = "*" if one is best else " "
-        lines.append(
-            f"{mark} {one.name:{width}}  {one.best_epoch:10}  {one.val_accuracy:19.4f}  "
-            f"{one.seconds:7.1f}  {one.run_id}"
-        )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    script.run(main)
+    cli.run(main)

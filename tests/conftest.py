@@ -1,4 +1,4 @@
-"""What several tests need: drawn pictures, a tracking store, a copy of the project to run."""
+"""What several tests need: drawn images, a tracking store, a copy of the project to run."""
 
 import io
 import json
@@ -19,7 +19,11 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from defect_detection import settings, tracking
+from defect_detection import settings
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.dataset.split import Dataset
+from defect_detection.registry import saved_model
+from defect_detection.registry import store as stores
 
 ROOT = settings.ROOT
 
@@ -40,14 +44,14 @@ def draw_part(rng: np.random.Generator, defect: bool, side: int = 96) -> Image.I
 
 
 def encoded(image: Image.Image) -> bytes:
-    """Return a picture as the bytes of a JPEG file."""
+    """Return an image as the bytes of a JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=92)
     return file.getvalue()
 
 
 def draw_folders(data: Path, train: int, test: int, seed: int = 0) -> Path:
-    """Draw `train` and `test` pictures of each class below `data`; return `data`."""
+    """Draw `train` and `test` images of each class below `data`; return `data`."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("test", test)):
         for name in ("def_front", "ok_front"):
@@ -59,49 +63,65 @@ def draw_folders(data: Path, train: int, test: int, seed: int = 0) -> Path:
     return data
 
 
+def drawn_dataset(images: np.ndarray, labels: np.ndarray, photographs: np.ndarray) -> Dataset:
+    """Return a data set of uint8 images (n, height, width) that lie nowhere."""
+    names = tuple(str(number) for number in range(len(images)))
+    nowhere = DataFolder(Path("/nowhere"), Path("/nowhere"))
+    pixels = images[..., np.newaxis]
+    return Dataset(
+        nowhere, "train", pixels, labels, names, names, photographs, f"{len(images)} drawn", ()
+    )
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A small data folder of the test's own, to break as it likes."""
     return draw_folders(tmp_path / "pictures", train=10, test=4)
 
 
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> DataFolder:
+    """`data` with a cache of the test's own."""
+    return DataFolder(data, tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with enough pictures to learn from; not to be changed."""
+    """A data folder with enough images to learn from; not to be changed."""
     return draw_folders(tmp_path_factory.mktemp("learnable"), train=80, test=20)
 
 
 @pytest.fixture(scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    with tracking.connected(uri):
-        tracking.open_experiment("first")  # the migrations of a new store take seconds
+    with stores.connected(uri):
+        stores.open_experiment("first")  # the migrations of a new store take seconds
     return uri
 
 
 @pytest.fixture
 def store(_store: str):
-    """A tracking store that is connected; names in it are shared by the tests of a session."""
-    with tracking.connected(_store):
+    """The URI of a connected tracking store, which the tests of a session share."""
+    with stores.connected(_store):
         yield _store
 
 
 def small_cnn(size: tuple[int, int]):
     """Build a small model that judges by chance."""
-    from defect_detection import model
     from defect_detection.settings import HyperParameters
+    from defect_detection.training import network
 
-    cnn = model.build(size, HyperParameters("small", 8, 0, 1, 0.01, 0.01, 8, 1))
-    head = cnn.get_layer(model.MAP)
+    cnn = network.build(size, HyperParameters("small", 8, 0, 1, 0.01, 0.01, 8, 1))
+    head = cnn.get_layer(network.MAP)
     kernel, bias = head.get_weights()
     head.set_weights([np.random.default_rng(0).normal(0, 0.02, kernel.shape), bias])
     return cnn
 
 
 def former_cnn(size: tuple[int, int]):
-    """Build a model as they were before there were pretrained layers: nothing of it is frozen."""
-    from defect_detection.classifier import MAP, PROBABILITY
-    from defect_detection.model import keras, layers, ops
+    """Build a model like those before pretrained layers: nothing of it is frozen."""
+    from defect_detection.runtime.classifier import MAP, PROBABILITY
+    from defect_detection.training.network import keras, layers, ops
 
     inputs = keras.Input((*size, 1), name="images")
     x = layers.Conv2D(8, 5, 2, padding="same", activation="relu")(layers.Rescaling(1 / 255)(inputs))
@@ -116,18 +136,19 @@ def former_cnn(size: tuple[int, int]):
 @pytest.fixture(scope="session")
 def logged_model(_store: str) -> tuple[str, str]:
     """Run and URI of a logged model for parts as `draw_part` draws them; it has learned nothing."""
-    from defect_detection import images, model
-    from defect_detection.metrics import PLAIN
-    from defect_detection.scope import Scope
+    from defect_detection.runtime import preprocessing
+    from defect_detection.runtime.model_files import ServedModel
+    from defect_detection.runtime.ood import OodDetector
+    from defect_detection.training import network
 
     rng, size = np.random.default_rng(0), (32, 32)
     parts = [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(100)]
     cnn = small_cnn(size)
-    scope = Scope.of(np.stack([images.decode(part, size) for part in parts]))
-    with tracking.connected(_store):
-        with mlflow.start_run(experiment_id=tracking.open_experiment("train/kept")) as run:
-            litert = model.to_litert(cnn)
-            uri = tracking.log_model(cnn, litert, "none", PLAIN, scope, parts[0])
+    ood = OodDetector.fit(np.stack([preprocessing.decode(part, size) for part in parts]))
+    served = ServedModel(network.to_litert(cnn), size, ood=ood)
+    with stores.connected(_store):
+        with mlflow.start_run(experiment_id=stores.open_experiment("train/kept")) as run:
+            uri = saved_model.log(cnn, served, parts[0])
     return run.info.run_id, uri
 
 
@@ -136,8 +157,8 @@ def model_folder(
     _store: str, logged_model: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The files of `logged_model`."""
-    with tracking.connected(_store):
-        with tracking.fetched(logged_model[1]) as files:
+    with stores.connected(_store):
+        with saved_model.fetched(logged_model[1]) as files:
             return Path(shutil.copytree(files, tmp_path_factory.mktemp("model") / "model"))
 
 
@@ -149,7 +170,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 class Project:
     """A copy of the project in a folder of its own, with small models that are fitted quickly.
 
-    All copies share a cache, so that what is known of the same pictures is found once.
+    All copies share a cache, so that what is known of the same images is found once.
     """
 
     cache: Path
@@ -207,7 +228,7 @@ class Project:
     def fail(self, script: str, *arguments: object, **options) -> str:
         """Run a script that must fail; return its last line, having seen that it is no traceback.
 
-        Warnings that name skipped pictures may stand before it.
+        Warnings that name skipped images may stand before it.
         """
         done = self.run(script, *arguments, **options)
         assert done.returncode not in (0, 2), done.stdout + done.stderr
@@ -286,7 +307,7 @@ def _parse(body: bytes) -> object:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def tracking_server(tmp_path_factory):
     """A tracking server on a free port of this machine."""
     folder = tmp_path_factory.mktemp("server")
     port = free_port()
@@ -335,3 +356,36 @@ SMALL = {
 def project(tmp_path: Path) -> Project:
     """A copy of the project without data."""
     return Project(tmp_path / "project")
+
+
+# What `make test-fast` leaves out: fits, TensorFlow, scripts, servers, browsers, races.
+SLOW_FIXTURES = {"project", "tracking_server", "logged_model", "model_folder", "browsed"}
+SLOW_MODULES = {
+    "test_augmentation",
+    "test_classifier",
+    "test_devices",
+    "test_documentation",
+    "test_features",
+    "test_fitting",
+    "test_line_requirements",
+    "test_parity",
+    "test_pipeline",
+    "test_postman",
+    "test_pretrained",
+    "test_promotion",
+    "test_re_train",
+    "test_real",
+    "test_robustness",
+    "test_saved_model",
+    "test_setup",
+    "test_start_api",
+    "test_workflow",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if item.path.stem in SLOW_MODULES or fixtures & SLOW_FIXTURES:
+            item.add_marker("slow")

@@ -1,4 +1,4 @@
-"""Drawn photographs of made-up parts, and the pictures that augmentation makes of one photograph.
+"""Drawn photographs of made-up parts, and the images that augmentation makes of one photograph.
 
 A design is a kind of part; each photograph of it differs by texture, light, pose and flaws, as two
 castings from one mould do.
@@ -147,7 +147,7 @@ def bracket(pen: Pen, rng: np.random.Generator, size: Point) -> None:
 
 
 def nuts(pen: Pen, rng: np.random.Generator, size: Point) -> None:
-    """Several parts in one picture."""
+    """Several parts in one image."""
     for x in (0.25, 0.75):
         for y in (0.25, 0.75):
             centre = tuple(np.array(size) * (x, y) + rng.uniform(-0.05, 0.05, 2) * size)
@@ -156,7 +156,7 @@ def nuts(pen: Pen, rng: np.random.Generator, size: Point) -> None:
 
 
 def sheet(pen: Pen, rng: np.random.Generator, size: Point) -> None:
-    """A surface that fills the picture, with nothing on it but its grain and its flaws."""
+    """A surface that fills the image, with nothing on it but its grain and its flaws."""
 
 
 DESIGNS: dict[str, Callable[[Pen, np.random.Generator, Point], None]] = {

@@ -6,7 +6,9 @@ import pytest
 
 import truth
 from conftest import Project
-from defect_detection import audit, settings
+from defect_detection import settings
+from defect_detection.dataset import audit
+from defect_detection.dataset.folder import DataFolder
 
 pytestmark = pytest.mark.real
 
@@ -20,7 +22,7 @@ def castings(tmp_path_factory):
 
 
 def test_photographs_of_castings_are_found(castings):
-    found = audit.inspect(castings, (64, 64), Project.cache)
+    found = audit.inspect(DataFolder(castings, Project.cache), (64, 64))
     precision, recall = truth.precision_and_recall(found.groups())
     assert precision >= 0.98
     assert recall >= 0.95
@@ -33,7 +35,7 @@ def test_castings_are_read_learned_and_judged(castings, tmp_path):
     own = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
     one = replace(own, sets=own.sets[:1], variants=3000)
     project.configure(lambda config: config.update(model_parameters=asdict(one)))
-    assert "show a photograph that is also in training" in project.succeed(
+    assert "come from a photograph that is also in training" in project.succeed(
         "src/train.py", "--data", castings
     )
     printed = project.succeed("src/evaluation.py", "--data", castings)

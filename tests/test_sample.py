@@ -1,4 +1,4 @@
-"""The synthetic pictures."""
+"""The synthetic images."""
 
 import hashlib
 import subprocess

@@ -1,12 +1,13 @@
 """src/config.yaml and .env."""
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import yaml
 
 from defect_detection import PipelineError, settings
-from defect_detection.settings import CONFIG_FILE, ROOT, Config
+from defect_detection.settings import CONFIG_FILE, ROOT, Config, RetrainOverrides
 
 
 @pytest.fixture
@@ -128,3 +129,26 @@ def test_unset_tracking_uri_is_named_with_what_to_write():
 def test_more_blocks_than_there_are_is_one_line(broken):
     message = broken(lambda c: c["model_parameters"]["sets"][1].update(blocks=10, tuned_blocks=3))
     assert "sets.1: blocks and tuned_blocks are more than 11 together" in message
+
+
+@pytest.mark.parametrize("given", ["auto", "cpu", "gpu", None])
+def test_device_is_one_of_three_and_auto_if_unset(given):
+    assert settings.device({} if given is None else {"DEVICE": given}) == (given or "auto")
+
+
+@pytest.mark.parametrize("given", ["tpu", "CPU", "cpu "])
+def test_wrong_device_is_one_line_with_those_there_are(given):
+    with pytest.raises(PipelineError, match=f"DEVICE is '{given}', expected one of: auto, cpu, gp"):
+        settings.device({"DEVICE": given})
+
+
+def test_overrides_are_declared_once():
+    """The API's body, the options of re_train.py and the job's command have the same fields."""
+    given = settings.parse_json('{"epochs": 3, "learning_rate": 0.5}', RetrainOverrides, "The body")
+    parser = ArgumentParser()
+    RetrainOverrides.add_options(parser)
+    assert RetrainOverrides.from_options(parser.parse_args(given.options())) == given
+    assert given.given() == {"epochs": 3, "learning_rate": 0.5}
+    every = RetrainOverrides(epochs=1, batch_size=2, learning_rate=0.1)
+    assert RetrainOverrides.from_options(parser.parse_args(every.options())) == every
+    assert RetrainOverrides().options() == []

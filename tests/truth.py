@@ -1,4 +1,4 @@
-"""What is known of pictures, to measure against: photographs of castings, places of defects."""
+"""What is known of images, to measure against: photographs of castings, places of defects."""
 
 import csv
 import io
@@ -12,16 +12,18 @@ import numpy as np
 from PIL import Image
 
 import sample
-from defect_detection import images, metrics, settings
-from defect_detection.classifier import Classifier
+from defect_detection import settings
+from defect_detection.runtime import preprocessing
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD, is_defect
 
 CASTINGS = settings.ROOT.parent / "shared" / "data" / "casting"
 
 
 def photographs() -> dict[str, tuple[str, str]]:
-    """Return `photo` and `photo_merged` of each picture, by its path.
+    """Return `photo` and `photo_merged` of each image, by its path.
 
-    Pictures with the same `photo` surely share one; with different `photo_merged`, surely not.
+    Images with the same `photo` surely share one; with different `photo_merged`, surely not.
     """
     with (CASTINGS / "photo_groups.csv").open(newline="") as file:
         return {row["path"]: (row["photo"], row["photo_merged"]) for row in csv.DictReader(file)}
@@ -36,15 +38,15 @@ def link(paths: Sequence[str], to: Path) -> Path:
 
 
 def precision_and_recall(found: dict[str, int]) -> tuple[float, float]:
-    """Score photographs by pairs of pictures; pairs that the truth leaves open do not count.
+    """Score photographs by pairs of images; pairs that the truth leaves open do not count.
 
     Args:
-        found: number of the photograph of each picture, by its path.
+        found: number of the photograph of each image, by its path.
     """
     truth = photographs()
 
     def pairs(*keys: Sequence[object]) -> int:
-        """Count the pairs of pictures that agree in all keys."""
+        """Count the pairs of images that agree in all keys."""
         return sum(comb(n, 2) for n in Counter(zip(*keys, strict=True)).values())
 
     number = list(found.values())
@@ -58,7 +60,7 @@ def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]
     """Draw defective castings and see where the classifier's map is highest.
 
     Returns:
-        For how many the place (a square of 4 x 4 pixels of the model's picture) touches the
+        For how many the place (a square of 4 x 4 pixels of the model's image) touches the
         defect, and how many of the `count` are found at all.
     """
     inside = found = 0
@@ -67,9 +69,9 @@ def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]
         image, mask = draw_with_mask(rng, rng.choice(list(sample.DEFECTS)))
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
-        picture = images.decode(encoded.getvalue(), classifier.image_size)
+        picture = preprocessing.decode(encoded.getvalue(), classifier.image_size)
         probabilities, maps = classifier.examine(picture[np.newaxis])
-        if metrics.is_defect(probabilities[0], metrics.THRESHOLD):
+        if is_defect(probabilities[0], ACCURACY_THRESHOLD):
             found += 1
             row, column = np.unravel_index(maps[0].argmax(), maps[0].shape)
             side = mask.shape[0] // maps.shape[1]
@@ -81,7 +83,7 @@ def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]
 def draw_with_mask(rng: np.random.Generator, defect: str) -> tuple[Image.Image, np.ndarray]:
     """Draw a casting as `sample.draw` does, and say which of the drawn pixels the defect changed.
 
-    The mask is bool, of sample.SCALE times the picture's sides.
+    The mask is bool, of sample.SCALE times the image's sides.
     """
     masks = []
 

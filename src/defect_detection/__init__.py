@@ -1,4 +1,4 @@
-"""Finds defects in pictures of castings: what the scripts of the pipeline share."""
+"""Finds defects in images of castings: what the scripts of the pipeline share."""
 
 
 class PipelineError(Exception):

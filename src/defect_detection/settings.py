@@ -2,6 +2,7 @@
 
 import json
 import os
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -18,10 +19,12 @@ from defect_detection import PipelineError
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
-API_PORT = 5001  # where neither .env nor the environment says another, as with the next
+# Defaults of variables that neither .env nor the environment sets.
+API_PORT = 5001
 JOBS_PATH = ".jobs"
-QUANTIZE = ("none", "float16", "int8")  # what the served model's weights are kept as
-DEVICES = ("auto", "cpu", "gpu")  # what DEVICE may say
+Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
+QUANTIZE: tuple[str, ...] = get_args(Quantize)
+DEVICES = ("auto", "cpu", "gpu")  # values of the variable DEVICE
 
 T = TypeVar("T")
 
@@ -48,16 +51,16 @@ class Paths:
 
 @dataclass(frozen=True, config=_STRICT)
 class HyperParameters:
-    """One set that `train.py` fits: the layers of the CNN and how it learns.
+    """One hyper-parameter set of `train.py`.
 
     Attributes:
         name: of the set.
         blocks: pretrained blocks that keep their weights; fewer are quicker and see less.
         tuned_blocks: pretrained blocks after those that are fitted too.
-        views: 2 looks at each picture also turned by 180 degrees, at twice the time.
+        views: 2 looks at each image also turned by 180 degrees, at twice the time.
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
-        batch_size: pictures in a step.
+        batch_size: images in a step.
         epochs: how often each variant is seen by a linear head; of a model with more to fit, each
             fit sees its share of the variants in an epoch.
     """
@@ -77,18 +80,18 @@ class HyperParameters:
             raise ValueError("blocks and tuned_blocks are more than 11 together")
 
     def layers(self) -> dict[str, object]:
-        """Return what describes the CNN itself."""
+        """Return the hyper-parameters of the network itself."""
         return {"blocks": self.blocks, "tuned_blocks": self.tuned_blocks, "views": self.views}
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Schedule:
-    """How a model is fitted, whatever its layers.
+class FitParameters:
+    """How a model is fitted, whatever its network.
 
     Attributes:
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
-        batch_size: pictures in a step.
+        batch_size: images in a step.
         epochs: passes over the variants.
         validation_share: of the photographs; as many are held back from each fit.
         seed: of everything random.
@@ -104,7 +107,7 @@ class Schedule:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampling:
-    """Which variants of the training pictures a model is fitted to.
+    """Which variants of the training images a model is fitted to.
 
     Attributes:
         variants: how many, each photograph of a class as often as the others.
@@ -119,17 +122,17 @@ class Sampling:
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelParameters:
-    """What all sets share. `image_size` is height and width in pixels."""
+    """Parameters that all sets share; `image_size` is height and width in pixels."""
 
     image_size: ImageSize
     variants: Annotated[int, Field(ge=100)]
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
-    quantize: Literal[QUANTIZE]
+    quantize: Quantize
     sets: Annotated[list[HyperParameters], Field(min_length=1)]
 
     def __post_init__(self) -> None:
-        """Refuse two sets of one name: their runs could not be told apart."""
+        """Refuse two sets with one name, whose runs would look alike."""
         twice = [name for name, n in Counter(s.name for s in self.sets).items() if n > 1]
         if twice:
             raise ValueError(
@@ -137,12 +140,12 @@ class ModelParameters:
             )
 
     def sampling(self, cache: Path) -> Sampling:
-        """Return what is drawn for all sets."""
+        """Return the variants that all sets are fitted to."""
         return Sampling(self.variants, self.seed, cache)
 
-    def schedule(self, hyper: HyperParameters) -> Schedule:
-        """Return how one of the sets is fitted."""
-        return Schedule(
+    def fit_parameters(self, hyper: HyperParameters) -> FitParameters:
+        """Return the fit parameters of a set."""
+        return FitParameters(
             hyper.learning_rate,
             hyper.weight_decay,
             hyper.batch_size,
@@ -168,11 +171,11 @@ class MLflowNames:
 
 @dataclass(frozen=True, config=_STRICT)
 class Decisions:
-    """What a plant asks of a verdict and of a new version.
+    """What a plant demands of verdicts and of new versions.
 
     Attributes:
-        max_escape_rate: share of the validation defects that the threshold may let through.
-        review_share: share of the validation pictures, the nearest to the threshold, that would
+        max_escape_rate: largest share of the validation defects below the threshold.
+        review_share: share of the validation images, the nearest to the threshold, that would
             be sent to a person.
         promotion: the alias prod goes to the highest accuracy, or only to a version that is
             significantly better than the one it would replace.
@@ -185,7 +188,7 @@ class Decisions:
 
 @dataclass(frozen=True, config=_STRICT)
 class InferenceExamples:
-    """Pictures to run when none are given; relative to the data folder."""
+    """Images to judge when none are given, relative to the data folder."""
 
     defective_image: Name
     ok_image: Name
@@ -204,7 +207,7 @@ class Config:
 
 @dataclass(frozen=True, config=_STRICT)
 class RetrainPaths:
-    """Where the pictures are; a relative path counts from the project's root."""
+    """The data folder; a relative path counts from the project's root."""
 
     data_path: Name
 
@@ -221,11 +224,40 @@ class RetrainParameters:
 
 @dataclass(frozen=True, config=_STRICT)
 class RetrainOverrides:
-    """What a single retraining may change; None leaves re_train.yaml's value."""
+    """What a single retraining may change; None keeps the value of re_train.yaml.
+
+    The API's body, the command line of re_train.py and the job's command derive from these fields.
+    """
 
     epochs: Epochs | None = None
     batch_size: BatchSize | None = None
     learning_rate: Rate | None = None
+
+    def given(self) -> dict[str, int | float]:
+        """Return the values that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def options(self) -> list[str]:
+        """Return the command-line options that give these values."""
+        return [f"--{_dashed(name)}={value}" for name, value in self.given().items()]
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        """Add an option for each value to a parser."""
+        for name in (field.name for field in fields(cls)):
+            kind = get_args(_type_at(cls, (name,)))[0]  # of Annotated[int, ...]
+            parser.add_argument(f"--{_dashed(name)}", type=kind, metavar="N")
+
+    @classmethod
+    def from_options(cls, options: Namespace) -> "RetrainOverrides":
+        """Return the values of parsed options.
+
+        Raises:
+            PipelineError: one is out of range.
+        """
+        given = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return parse_json(json.dumps(given), cls, "The options")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -251,7 +283,7 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    # As JSON, since only there a strict pydantic takes a list where a tuple is declared.
+    # As JSON, since only there strict pydantic accepts a list for a tuple.
     return parse_json(json.dumps(content, default=str), kind, str(path))
 
 
@@ -265,6 +297,10 @@ def parse_json(text: str | bytes, kind: type[T], name: str) -> T:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         raise PipelineError(f"{name}: {_explain(error, kind)}") from error
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _explain(error: ValidationError, kind: type) -> str:
@@ -293,13 +329,13 @@ def _type_at(kind: Any, location: tuple) -> Any:
             kind = get_args(kind)[min(part, len(get_args(kind)) - 1)]
         else:
             kind = get_type_hints(kind, include_extras=True)[part]
-    if type(None) in get_args(kind):  # X | None: a value that is there must be an X
+    if type(None) in get_args(kind):  # X | None: a given value must be an X
         kind = get_args(kind)[0]
     return kind
 
 
 def _describe(kind: Any) -> str:
-    """Say what a declared type admits: 'a whole number, at least 1'."""
+    """Return what a declared type accepts in words, such as 'a whole number, at least 1'."""
     if is_dataclass(kind):
         return "the keys " + ", ".join(f.name for f in fields(kind))
     schema = TypeAdapter(kind).json_schema()
@@ -332,10 +368,10 @@ def environment(environ: Mapping[str, str] = os.environ, env_file: Path = ENV_FI
 
 
 def device(env: Mapping[str, str]) -> str:
-    """Return DEVICE, which says where a model is fitted: "auto", "cpu" or "gpu".
+    """Return the variable DEVICE, where a model is fitted: "auto", "cpu" or "gpu".
 
     Raises:
-        PipelineError: it is something else.
+        PipelineError: it has another value.
     """
     asked = env.get("DEVICE", DEVICES[0])
     if asked not in DEVICES:

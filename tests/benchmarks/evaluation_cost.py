@@ -1,8 +1,8 @@
-"""Measure how long src/evaluation.py takes with 715 test pictures, and how large its report is.
+"""Measure how long src/evaluation.py takes with 715 test images, and how large its report is.
 
     python tests/benchmarks/evaluation_cost.py
 
-The pictures are drawn, as many as the public casting set has for its test. The model is fitted for
+The images are drawn, as many as the public casting set has for its test. The model is fitted for
 one epoch only, so the report shows as many mistakes as it ever does. The second evaluation finds a
 version behind prod to compare with.
 """
@@ -38,7 +38,7 @@ def main() -> None:
         for what in ("alone", "with a version to compare with"):
             started = time.perf_counter()
             printed = project.succeed("src/evaluation.py")
-            print(f"evaluation of 715 pictures, {what}: {time.perf_counter() - started:.1f} s")
+            print(f"evaluation of 715 images, {what}: {time.perf_counter() - started:.1f} s")
         page = Path(printed.split("Report: file://")[1].splitlines()[0])
         print(f"report: {page.stat().st_size / 1e6:.2f} MB")
 

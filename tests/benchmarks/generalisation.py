@@ -28,27 +28,30 @@ from sklearn.model_selection import StratifiedGroupKFold  # noqa: E402
 
 import sample  # noqa: E402
 import truth  # noqa: E402
-from defect_detection import (  # noqa: E402
-    audit,
-    dataset,
-    features,
-    metrics,
-    model,
-    robustness,
-    settings,
-    training,
+from defect_detection import settings  # noqa: E402
+from defect_detection.dataset import decoded  # noqa: E402
+from defect_detection.dataset import split as splits  # noqa: E402
+from defect_detection.dataset.folder import SIDES, DataFolder  # noqa: E402
+from defect_detection.dataset.split import Dataset  # noqa: E402
+from defect_detection.evaluation import metrics, robustness  # noqa: E402
+from defect_detection.runtime.classifier import Classifier  # noqa: E402
+from defect_detection.runtime.decision import (  # noqa: E402
+    ACCURACY_THRESHOLD,
+    POSITIVE,
+    is_defect,
 )
-from defect_detection.classifier import Classifier  # noqa: E402
-from defect_detection.model import keras, tf  # noqa: E402
+from defect_detection.runtime.model_files import ServedModel  # noqa: E402
 from defect_detection.settings import ModelParameters  # noqa: E402
+from defect_detection.training import features, fitting, network  # noqa: E402
+from defect_detection.training.network import keras, tf  # noqa: E402
 
 RESULTS = ROOT / "docs" / "benchmark.json"
 FORMER = "1893409"  # commit of the CNN that was fitted from scratch
 FOLDS = 5
 TUTORIAL_EPOCHS = 4
-ROTATED = 100  # pictures of a fold
+ROTATED = 100  # images of a fold
 ANGLES = range(15, 360, 60)
-DISTURBED = 200  # pictures of a fold
+DISTURBED = 200  # images of a fold
 FIGURES = {
     "balanced_accuracy": "balanced accuracy",
     "recall_def_front": "recall of defects",
@@ -58,7 +61,7 @@ FIGURES = {
 }
 HEADER = "\n                      balanced  recall def  recall ok   ROC AUC       ECE"
 
-Judge = Callable[[np.ndarray], np.ndarray]  # pictures to probabilities of a defect
+Judge = Callable[[np.ndarray], np.ndarray]  # images to probabilities of a defect
 
 
 def main() -> None:
@@ -127,7 +130,7 @@ def table(results: dict) -> str:
         ),
         row("balanced accuracy of the worst fold", worst_fold),
         row(
-            "probability moves when the picture is turned, by",
+            "probability moves when the image is rotated, by",
             lambda o: mean(o, "rotation_replicated"),
         ),
     ]
@@ -162,7 +165,7 @@ def details(lines: list[dict]) -> str:
         "balanced accuracy by fold: " + ", ".join(f"{one:.3f}" for one in by_fold),
         "without the photograph that has both labels: balanced accuracy "
         f"{mean(lines, 'clean_balanced_accuracy'):.3f}, AUC {mean(lines, 'clean_roc_auc'):.4f}",
-        "photographs judged wrongly by the mean of their pictures, in how many of "
+        "photographs judged wrongly by the mean of their images, in how many of "
         f"{seeds} seeds: " + ", ".join(f"{k} ({v})" for k, v in sorted(wrong.items())),
         f"verdicts that ten small disturbances flip: {mean(lines, 'flipped'):.3f}",
     ]
@@ -180,14 +183,24 @@ class Castings:
     def __init__(self, parameters: ModelParameters, folder: Path):
         known = truth.photographs()
         self.folder = folder
-        paths = [
-            path for side in dataset.SPLITS for path in dataset.in_folder(truth.CASTINGS, side)
-        ]
-        cache = settings.from_root(".cache")
-        self.data = dataset.read(truth.CASTINGS, paths, "all", parameters.image_size, cache)
-        merged = [known[path][1] for path in self.data.paths]
-        self.names, self.photographs = np.unique(merged, return_inverse=True)
-        self.labels = self.data.labels
+        data = DataFolder(truth.CASTINGS, settings.from_root(".cache"))
+        paths = [path for side in SIDES for path in data.images_in(side)]
+        read = decoded.decode(data, paths, "all", parameters.image_size)
+        self.names, self.photographs = np.unique(
+            [known[path][1] for path in read.paths], return_inverse=True
+        )
+        self.labels = np.array([POSITIVE in path for path in read.paths], np.uint8)
+        self.data = Dataset(
+            data,
+            "all",
+            read.images,
+            self.labels,
+            read.paths,
+            read.contents,
+            self.photographs,
+            read.digest,
+            read.skipped,
+        )
         of_class = [set(self.photographs[self.labels == label]) for label in (0, 1)]
         self.two_labels = sorted(of_class[0] & of_class[1])
         self.image_size = parameters.image_size
@@ -226,7 +239,7 @@ def tutorial(image_size: tuple[int, int]) -> keras.Model:
 
 
 def tutorial_batches(folder: Path, image_size: tuple[int, int]) -> tf.data.Dataset:
-    """Read pictures as the tutorials do; a defect is 1."""
+    """Read images as the tutorials do; a defect is 1."""
     return keras.utils.image_dataset_from_directory(
         folder,
         class_names=["ok_front", "def_front"],
@@ -264,17 +277,18 @@ def our_folds(parameters: ModelParameters, castings: Castings, seeds: int) -> li
     hyper, found = parameters.sets[0], []
     print(HEADER)
     for seed in range(seeds):
-        training.make_deterministic(seed)
+        fitting.make_deterministic(seed)
         sampling = replace(parameters.sampling(settings.from_root(".cache")), seed=seed)
-        made = model.build(parameters.image_size, hyper)
-        computed = features.compute(made, castings.data, castings.photographs, sampling)
+        made = network.build(parameters.image_size, hyper)
+        computed = features.compute(made, castings.data, sampling)
         for number, (others, fold) in enumerate(castings.folds):
-            fitted = training.fit(
-                model.build(parameters.image_size, hyper),
+            fitted = fitting.fit(
+                network.build(parameters.image_size, hyper),
                 computed.among(others),
-                replace(parameters.schedule(hyper), seed=seed),
+                replace(parameters.fit_parameters(hyper), seed=seed),
             )
-            classifier = Classifier(model.to_litert(fitted.model), parameters.image_size)
+            served = ServedModel(network.to_litert(fitted.model), parameters.image_size)
+            classifier = Classifier(served)
             chosen = {"best_epoch": fitted.best_epoch} | asdict(fitted.calibration)
             judge = classifier.probabilities
             figures = judged("ours", number, seed, castings, fold, judge)
@@ -303,18 +317,18 @@ def judged(
     labels, images = castings.labels[fold], castings.data.images[fold]
     photographs = castings.photographs[fold]
     probabilities = judge(images)
-    figures = metrics.score(labels, probabilities, metrics.THRESHOLD).as_dict()
+    figures = metrics.score(labels, probabilities, ACCURACY_THRESHOLD).as_dict()
     shown = "".join(f"{figures[key]:11.3f}" for key in FIGURES)
     print(f"{f'{name} fold {number} seed {seed}':20}{shown}", flush=True)
     found = {"fold": number, "seed": seed} | {key: figures[key] for key in FIGURES}
     clear = ~np.isin(photographs, castings.two_labels)
-    clean = metrics.score(labels[clear], probabilities[clear], metrics.THRESHOLD).as_dict()
+    clean = metrics.score(labels[clear], probabilities[clear], ACCURACY_THRESHOLD).as_dict()
     found |= {f"clean_{key}": clean[key] for key in ("balanced_accuracy", "roc_auc")}
     wrong = []
     for label in (0, 1):
         for one in np.unique(photographs[labels == label]):
             mean = probabilities[(photographs == one) & (labels == label)].mean()
-            if metrics.is_defect(mean, metrics.THRESHOLD) != (label == 1):
+            if is_defect(mean, ACCURACY_THRESHOLD) != (label == 1):
                 wrong.append(f"{castings.names[one]} {('ok', 'def')[label]}")
     return found | {"wrong_photographs": wrong} | rotation(judge, images, probabilities)
 
@@ -326,14 +340,14 @@ def stability(classifier: Classifier, castings: Castings, fold: np.ndarray) -> d
     accuracies = {}
     for name, disturb in robustness.DISTURBANCES.items():
         probabilities = classifier.probabilities(robustness.disturbed(images, disturb))
-        scores = metrics.score(labels, probabilities, metrics.THRESHOLD)
+        scores = metrics.score(labels, probabilities, ACCURACY_THRESHOLD)
         accuracies[name] = scores.balanced_accuracy
     flipped = robustness.repeatability(classifier, images).flipped
     return {"disturbed": accuracies, "flipped": flipped.share}
 
 
 def rotation(judge: Judge, images: np.ndarray, before: np.ndarray) -> dict[str, float]:
-    """Return how far the probability moves on average when the picture is turned."""
+    """Return how far the probability moves on average when the image is turned."""
     rows = np.linspace(0, len(images) - 1, ROTATED).astype(int)
     height, width = images.shape[1:3]
     moved = []
@@ -353,16 +367,17 @@ def rotation(judge: Judge, images: np.ndarray, before: np.ndarray) -> dict[str, 
 def drawn(parameters: ModelParameters, folder: Path) -> dict:
     """Train on drawn castings; count how often the map's maximum lies in the drawn defect."""
     sample.draw_all(folder, 0)
-    split = audit.load(folder, parameters.image_size, folder / "cache")
+    split = splits.load(DataFolder(folder, folder / "cache"), parameters.image_size)
     hyper = parameters.sets[0]
-    training.make_deterministic(parameters.seed)
-    made = model.build(parameters.image_size, hyper)
+    fitting.make_deterministic(parameters.seed)
+    made = network.build(parameters.image_size, hyper)
     sampling = parameters.sampling(folder / "cache")
-    computed = features.compute(made, split.training, split.training_photographs, sampling)
-    fitted = training.fit(made, computed, parameters.schedule(hyper))
-    classifier = Classifier(model.to_litert(fitted.model), parameters.image_size)
+    computed = features.compute(made, split.training, sampling)
+    fitted = fitting.fit(made, computed, parameters.fit_parameters(hyper))
+    served = ServedModel(network.to_litert(fitted.model), parameters.image_size)
+    classifier = Classifier(served)
     probabilities = classifier.probabilities(split.testing.images)
-    scores = metrics.score(split.testing.labels, probabilities, metrics.THRESHOLD)
+    scores = metrics.score(split.testing.labels, probabilities, ACCURACY_THRESHOLD)
     inside, found = truth.pointed_at(classifier, seed=99, count=200)
     print(f"\ndrawn castings: test accuracy {scores.accuracy:.4f}")
     print(f"  the map's maximum lies in the defect for {inside} of {found} defects that are found")

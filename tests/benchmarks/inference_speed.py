@@ -3,7 +3,7 @@
     python tests/benchmarks/inference_speed.py
 
 All in one run, with the first set of src/config.yaml at its image size, on the real castings where
-they are and else on as many drawn pictures. The weights are new ones, which take the same time.
+they are and else on as many drawn images. The weights are new ones, which take the same time.
 """
 
 import os
@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 
 PICTURES = 5734
 MANY, FEW = 20_000, 1_000
-THROUGHPUT = 4  # every fourth picture, for the pictures a second
+THROUGHPUT = 4  # every fourth image, for the images a second
 PRODUCTION = "models:/Production_Reg@prod"
 REPEATS = 5
 MEMORY = (
@@ -48,31 +48,31 @@ if sys.argv[2] == "registry":
 else:
     model = keras.models.load_model(sys.argv[1] + "/data/model.keras", compile=False)
 def load(path):
-    picture = keras.utils.load_img(path, color_mode="grayscale", target_size=model.input_shape[1:3])
-    return keras.utils.img_to_array(picture)[np.newaxis]
+    image = keras.utils.load_img(path, color_mode="grayscale", target_size=model.input_shape[1:3])
+    return keras.utils.img_to_array(image)[np.newaxis]
 if sys.argv[2] in ("one", "registry"):
     print(model.predict(load(sys.argv[3]), verbose=0))
 elif sys.argv[2] == "loop":
-    picture = load(sys.argv[3])
-    for _ in range(20): model.predict(picture, verbose=0)
+    image = load(sys.argv[3])
+    for _ in range(20): model.predict(image, verbose=0)
     times = []
     for _ in range(100):
         started = time.perf_counter()
-        model.predict(picture, verbose=0)
+        model.predict(image, verbose=0)
         times.append(time.perf_counter() - started)
     print(np.median(times))
 else:
     started = time.perf_counter()
-    pictures = keras.utils.image_dataset_from_directory(
+    images = keras.utils.image_dataset_from_directory(
         sys.argv[3], labels=None, color_mode="grayscale", shuffle=False,
         image_size=model.input_shape[1:3], batch_size=64, verbose=False)
-    found = model.predict(pictures, verbose=0)
+    found = model.predict(images, verbose=0)
     print(len(found) / (time.perf_counter() - started))
 """
 
 
 def main() -> None:
-    """Prepare a model and pictures, measure and print."""
+    """Prepare a model and images, measure and print."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pictures = prepare_pictures(folder)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def prepare_pictures(folder: Path) -> Path:
-    """Return the folder of the castings, or draw as many pictures."""
+    """Return the folder of the castings, or draw as many images."""
     import sample
     import truth
 
@@ -120,10 +120,12 @@ def register(folder: str, paths: list[str]) -> None:
 
     import mlflow
 
-    from defect_detection import images, registry, settings, tracking
-    from defect_detection import model as cnn
-    from defect_detection.metrics import PLAIN
-    from defect_detection.scope import Scope
+    from defect_detection import settings
+    from defect_detection.registry import saved_model, store, versions
+    from defect_detection.runtime import preprocessing
+    from defect_detection.runtime.model_files import ServedModel
+    from defect_detection.runtime.ood import OodDetector
+    from defect_detection.training import network as cnn
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
     parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
@@ -133,25 +135,26 @@ def register(folder: str, paths: list[str]) -> None:
         litert = cnn.to_litert(cnn.build(parameters.image_size, hyper))
         (sets / f"{hyper.name}.tflite").write_bytes(litert)
     built = cnn.build(parameters.image_size, parameters.sets[0])
-    scope = Scope.of(np.stack([images.decode(Path(p), parameters.image_size) for p in paths]))
-    with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
-        with mlflow.start_run(experiment_id=tracking.open_experiment("train/benchmark")) as run:
-            example = Path(paths[0]).read_bytes()
-            uri = tracking.log_model(built, cnn.to_litert(built), "none", PLAIN, scope, example)
-        version = registry.register(uri, run.info.run_id, 0.9, "", "Production_Reg", {})
-        registry.set_alias(version, registry.PRODUCTION_ALIAS)
-        with tracking.fetched(uri) as files:
+    size = parameters.image_size
+    ood = OodDetector.fit(np.stack([preprocessing.decode(Path(p), size) for p in paths]))
+    served = ServedModel(cnn.to_litert(built), size, ood=ood)
+    with store.connected(f"sqlite:///{folder}/mlflow.db"):
+        with mlflow.start_run(experiment_id=store.open_experiment("train/benchmark")) as run:
+            uri = saved_model.log(built, served, Path(paths[0]).read_bytes())
+        version = versions.register(uri, run.info.run_id, 0.9, "", "Production_Reg", {})
+        versions.set_alias(version, versions.PRODUCTION_ALIAS)
+        with saved_model.fetched(uri) as files:
             shutil.copytree(files, Path(folder) / "model")
 
 
 def one_picture(model: Path, path: Path) -> None:
-    """Compare one picture in memory with the bare interpreter and with Keras."""
-    from defect_detection import images
-    from defect_detection.classifier import PROBABILITY, Classifier
+    """Compare one image in memory with the bare interpreter and with Keras."""
+    from defect_detection.runtime import preprocessing
+    from defect_detection.runtime.classifier import PROBABILITY, Classifier
 
     classifier = Classifier.load(model)
     content = path.read_bytes()
-    picture = images.decode(content, classifier.image_size)[np.newaxis]
+    picture = preprocessing.decode(content, classifier.image_size)[np.newaxis]
     bare = classifier._make()
     ready = picture.astype(np.float32)
 
@@ -166,23 +169,26 @@ def one_picture(model: Path, path: Path) -> None:
     )
     keras = 1e3 * float(with_keras(model, "loop", path))
     alone, judged, decoded = milliseconds
-    print(f"one picture, pixels in memory: {judged:.3f} ms; decoding its JPEG too {decoded:.3f} ms")
+    print(f"one image, pixels in memory: {judged:.3f} ms; decoding its JPEG too {decoded:.3f} ms")
     print(f"  bare interpreter {alone:.3f} ms: {judged / alone:.2f} x of it (at most 1.3)")
     print(f"  keras.predict {keras:.1f} ms: {keras / judged:.0f} x as fast")
 
 
 def one_core(sets: Path, path: Path) -> None:
     """Time each set of src/config.yaml on one core."""
-    from defect_detection import images, settings
-    from defect_detection.classifier import Classifier
+    from defect_detection import settings
+    from defect_detection.runtime import preprocessing
+    from defect_detection.runtime.classifier import Classifier
+    from defect_detection.runtime.model_files import ServedModel
 
     size = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters.image_size
-    picture = images.decode(path, size)[np.newaxis]
+    picture = preprocessing.decode(path, size)[np.newaxis]
     files = sorted(sets.iterdir())
-    judges = [Classifier(file.read_bytes(), size, threads=1).probabilities for file in files]
+    models = [ServedModel(file.read_bytes(), size) for file in files]
+    judges = [Classifier(model, threads=1).probabilities for model in models]
     times = medians(*(lambda judge=judge: judge(picture) for judge in judges))
     shown = ", ".join(f"{f.stem} {t:.1f} ms" for f, t in zip(files, times, strict=True))
-    print(f"one picture on one core: {shown}")
+    print(f"one image on one core: {shown}")
 
 
 def medians(*calls: Callable[[], object]) -> list[float]:
@@ -205,9 +211,9 @@ def with_keras(model: Path, what: str, pictures: Path) -> str:
 
 
 def throughput(model: Path, pictures: Path, paths: list[Path], folder: Path) -> None:
-    """Compare pictures a second with TensorFlow's and with those of decoding alone."""
-    from defect_detection import images
-    from defect_detection.classifier import Classifier
+    """Compare images a second with TensorFlow's and with those of decoding alone."""
+    from defect_detection.runtime import preprocessing
+    from defect_detection.runtime.classifier import Classifier
 
     classifier = Classifier.load(model, threads=1)
     ready = np.zeros((1, *classifier.image_size, 1), np.float32)
@@ -215,7 +221,7 @@ def throughput(model: Path, pictures: Path, paths: list[Path], folder: Path) -> 
 
     def decode(chunk: list[Path]) -> None:
         for path in chunk:
-            images.decode(path, classifier.image_size)
+            preprocessing.decode(path, classifier.image_size)
 
     def invoke(chunk: list[Path]) -> None:
         with classifier._interpreter() as bare:
@@ -238,10 +244,10 @@ def throughput(model: Path, pictures: Path, paths: list[Path], folder: Path) -> 
         keras.append(float(with_keras(model, "folder", pictures)))
     rate, alone, run, through = map(statistics.median, (ours, decoding, bare, keras))
     allowed = 1 / (1 / alone + 1 / run)
-    print(f"{len(paths)} JPEG files to a CSV, whole process: {rate:.0f} pictures/s")
-    print(f"  image_dataset_from_directory and predict, import left out: {through:.0f} pictures/s:")
+    print(f"{len(paths)} JPEG files to a CSV, whole process: {rate:.0f} images/s")
+    print(f"  image_dataset_from_directory and predict, import left out: {through:.0f} images/s:")
     print(f"  {rate / through:.1f} x as fast")
-    print(f"  decoding alone {alone:.0f} pictures/s, the bare interpreter {run:.0f}: both together")
+    print(f"  decoding alone {alone:.0f} images/s, the bare interpreter {run:.0f}: both together")
     print(f"  allow {allowed:.0f}, of which this is {rate / allowed:.0%} (at least 80%)")
 
 
@@ -252,7 +258,7 @@ def infer(*arguments: object, **options: object) -> subprocess.CompletedProcess:
 
 
 def cold_start(model: Path, path: Path, environment: dict[str, str]) -> None:
-    """Compare whole processes that judge one picture."""
+    """Compare whole processes that judge one image."""
     script = str(ROOT / "src" / "inference.py")
     commands = {
         "mlflow": ["-c", "import mlflow"],
@@ -274,7 +280,7 @@ def cold_start(model: Path, path: Path, environment: dict[str, str]) -> None:
                 user[name].append(after.children_user - before.children_user)
     seconds = {name: statistics.median(times) for name, times in wall.items()}
     registry, alone = seconds["registry"], seconds["model"]
-    print(f"one picture, cold, asking the registry: {registry:.2f} s")
+    print(f"one image, cold, asking the registry: {registry:.2f} s")
     print(f"  import mlflow {seconds['mlflow']:.2f} s: {registry / seconds['mlflow']:.2f} x of it")
     through = seconds["keras, registry"]
     print(f"  (at most 1.6); through TensorFlow, asking it too, {through:.2f} s:")
@@ -284,7 +290,7 @@ def cold_start(model: Path, path: Path, environment: dict[str, str]) -> None:
 
 
 def memory(model: Path, paths: list[Path], folder: Path) -> None:
-    """Compare the peak memory over few and over many pictures."""
+    """Compare the peak memory over few and over many images."""
     peaks = {}
     for count in (FEW, MANY):
         linked = folder / str(count)
@@ -301,7 +307,7 @@ def memory(model: Path, paths: list[Path], folder: Path) -> None:
         assert len((folder / f"{count}.csv").read_text().splitlines()) == count + 1
         peaks[count] = float(megabytes)
         print(f"peak memory with {count} pictures: {peaks[count]:.0f} MB (at most 250)")
-    print(f"  {peaks[MANY] / peaks[FEW]:.2f} x of it with {MANY // FEW} times the pictures")
+    print(f"  {peaks[MANY] / peaks[FEW]:.2f} x of it with {MANY // FEW} times the images")
 
 
 if __name__ == "__main__":

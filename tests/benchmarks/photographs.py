@@ -1,6 +1,6 @@
 """What finding the photographs of the real castings costs, and how right it is.
 
-Half of the pictures, then all, each with a cache of its own, in a process of its own.
+Half of the images, then all, each with a cache of its own, in a process of its own.
 """
 
 import json
@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import truth  # noqa: E402
-from defect_detection import audit  # noqa: E402
+from defect_detection.dataset import audit  # noqa: E402
+from defect_detection.dataset.folder import DataFolder  # noqa: E402
 
 
 def main() -> None:
-    """Print a line for half of the castings, for all, for all again and for one more picture."""
+    """Print a line for half of the castings, for all, for all again and for one more image."""
     if sys.argv[1:]:
         one(Path(sys.argv[1]), Path(sys.argv[2]))
         return
@@ -37,7 +38,7 @@ def main() -> None:
         measure("one more", truth.CASTINGS, folder / "b")
         measure("all again", truth.CASTINGS, folder / "b")
         second = measure("all", truth.CASTINGS, folder / "c")
-    print(f"twice the pictures take {second / first:.2f} times as long")
+    print(f"twice the images take {second / first:.2f} times as long")
 
 
 def measure(what: str, data: Path, cache: Path) -> float:
@@ -56,8 +57,8 @@ def measure(what: str, data: Path, cache: Path) -> float:
 
 
 def one(data: Path, cache: Path) -> None:
-    """Audit a data folder and print the photograph of each picture as JSON."""
-    json.dump(audit.inspect(data, (128, 128), cache).groups(), sys.stdout)
+    """Audit a data folder and print the photograph of each image as JSON."""
+    json.dump(audit.inspect(DataFolder(data, cache), (128, 128)).groups(), sys.stdout)
 
 
 if __name__ == "__main__":

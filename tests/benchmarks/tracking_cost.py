@@ -3,7 +3,7 @@
     python tests/benchmarks/tracking_cost.py
 
 Each set is fitted without MLflow and with it, in turn. What MLflow adds does not depend on the
-number of pictures, so few are drawn: with many, the difference drowns in the noise of the fits.
+number of images, so few are drawn: with many, the difference drowns in the noise of the fits.
 The store is a new sqlite database, whose migrations are counted, as is the export for serving.
 """
 
@@ -19,7 +19,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from defect_detection import audit, features, model, settings, tracking, training  # noqa: E402
+from defect_detection import settings  # noqa: E402
+from defect_detection.dataset import split as splits  # noqa: E402
+from defect_detection.dataset.folder import DataFolder  # noqa: E402
+from defect_detection.registry import store  # noqa: E402
+from defect_detection.training import features, fitting, network  # noqa: E402
 
 DRAWN = {"train": {"def_front": 32, "ok_front": 32}, "test": {"def_front": 1, "ok_front": 1}}
 
@@ -34,30 +38,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
         sample.draw_all(pictures, 0, DRAWN)
-        split = audit.load(pictures, parameters.image_size, Path(folder) / "cache")
-        data, photographs = split.training, split.training_photographs
+        drawn = DataFolder(pictures, Path(folder) / "cache")
+        split = splits.load(drawn, parameters.image_size)
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
-        with tracking.connected(f"sqlite:///{folder}/mlflow.db"):
-            experiment = tracking.open_experiment("train/benchmark")
+        with store.connected(f"sqlite:///{folder}/mlflow.db"):
+            experiment = store.open_experiment("train/benchmark")
             tracked += time.perf_counter() - started
             for hyper in parameters.sets:
-                training.make_deterministic(parameters.seed)
+                fitting.make_deterministic(parameters.seed)
                 started = time.perf_counter()
-                made = model.build(parameters.image_size, hyper)
+                made = network.build(parameters.image_size, hyper)
                 sampling = parameters.sampling(Path(folder) / hyper.name)
-                computed = features.compute(made, data, photographs, sampling)
-                training.fit(made, computed, parameters.schedule(hyper))
+                computed = features.compute(made, split.training, sampling)
+                fitting.fit(made, computed, parameters.fit_parameters(hyper))
                 fitted += time.perf_counter() - started
-                one = replace(
-                    config,
-                    model_parameters=replace(parameters, sets=[hyper]),
-                    paths=replace(config.paths, cache=f"{folder}/{hyper.name}-tracked"),
-                )
+                one = replace(config, model_parameters=parameters)
+                plan = train.plan(one, hyper, Path(folder) / f"{hyper.name}-tracked", "cpu")
                 started = time.perf_counter()
-                train.fit_sets(one, split, pictures, experiment, "cpu")
+                train.fit_sets([plan], split, experiment)
                 tracked += time.perf_counter() - started
-    print(f"{len(parameters.sets)} sets, {len(data)} pictures")
+    print(f"{len(parameters.sets)} sets, {len(split.training)} images")
     print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")
 
 

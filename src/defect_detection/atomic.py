@@ -1,0 +1,76 @@
+"""Writes that happen completely or not at all."""
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from defect_detection import PipelineError
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move it to `path` if the block succeeds.
+
+    Raises:
+        PipelineError: the folder is missing or read-only, or the disk is full.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)  # mkstemp allows only its owner; only os.umask returns the umask
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise PipelineError unless files can be made in `folder`: before long work, not after it."""
+    with replace_atomically(folder / ".writable") as probe:
+        probe.write_bytes(b"")
+    (folder / ".writable").unlink(missing_ok=True)
+
+
+def read_mapping(path: Path, key: str, value: str) -> dict[str, str]:
+    """Read a CSV file with the columns `key` and `value`; each key has one row.
+
+    Raises:
+        PipelineError: a column is missing, a row lacks a value, or a key has two rows.
+    """
+    found: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
+            rows = csv.DictReader(file)
+            if not {key, value} <= set(rows.fieldnames or ()):
+                raise PipelineError(f"{path}: its first line must name the columns {key},{value}")
+            for row in rows:
+                if not row[key] or not row[value]:
+                    raise PipelineError(f"{path} line {rows.line_num}: {key} or {value} is empty")
+                if found.setdefault(row[key], row[value]) != row[value]:
+                    raise PipelineError(f"{path} line {rows.line_num}: {row[key]} has two values")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PipelineError(f"{path}: cannot be read ({error})") from error
+    return found
+
+
+def write_mapping(path: Path, key: str, value: str, mapping: Mapping[str, object]) -> None:
+    """Write a CSV file that `read_mapping` reads."""
+    with (
+        replace_atomically(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([(key, value), *mapping.items()])

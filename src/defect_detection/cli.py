@@ -1,0 +1,49 @@
+"""What all scripts share: the parser, logging, and errors in one line."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from defect_detection import PipelineError
+
+
+def parser(docstring: str, example: str, data: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the script's docstring as help, an example, and `--data` if wanted."""
+    made = argparse.ArgumentParser(
+        description=docstring,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if data:
+        made.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder with train/ and test/; default: the variable DATA_PATH, then the YAML's",
+        )
+    return made
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main and exit with its exit code, or with an error in one line and 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("mlflow", "alembic", "absl", "tensorflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # As an exception, so that everything open is closed: an MLflow run then ends as failed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)

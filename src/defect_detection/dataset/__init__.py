@@ -1,0 +1,1 @@
+"""The images that models learn from and are tested on."""

@@ -1,0 +1,199 @@
+"""Finds what is wrong with a data folder before anything is trained on it."""
+
+import os
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from defect_detection.dataset.folder import GROUPS_FILE, SPLIT_FILE, DataFolder
+from defect_detection.dataset.split import Dataset, Split, describe_leakage, read
+from defect_detection.runtime import preprocessing
+from defect_detection.runtime.decision import CLASSES
+
+SHOWN = 5  # findings of a kind in the text; the JSON file has all
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a data folder; paths are relative to it, sorted.
+
+    Attributes:
+        folder: the data folder.
+        split_file: whether `split.csv` says which side an image is on.
+        groups_file: whether `groups.csv` says which photograph an image comes from.
+        pictures: readable images of each class of each side.
+        unreadable: path and reason.
+        usual_size: width and height of most images, in pixels.
+        odd_sized: path, width and height of the others.
+        duplicates: files with the same content, each list two or more.
+        photographs: the images of each photograph, the largest first.
+        two_labels: photographs with images in both class folders.
+        leaked: test images of each class that share a photograph with training.
+    """
+
+    folder: str
+    split_file: bool
+    groups_file: bool
+    pictures: dict[str, dict[str, int]]
+    unreadable: list[tuple[str, str]]
+    usual_size: tuple[int, int] | None
+    odd_sized: list[tuple[str, int, int]]
+    duplicates: list[list[str]]
+    photographs: list[list[str]]
+    two_labels: list[list[str]]
+    leaked: dict[str, list[str]]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found that makes an accuracy untrue."""
+        return not (self.unreadable or self.two_labels or any(self.leaked.values()))
+
+    def as_dict(self) -> dict[str, object]:
+        """Return everything by name, for JSON."""
+        return {"clean": self.clean} | asdict(self)
+
+    def worst(self) -> list[tuple[str, str, str]]:
+        """Return the findings, each with two images that show it, the worst kind first."""
+        labels = [("two labels", *_one_of_each_class(paths)) for paths in self.two_labels]
+        test = {path for paths in self.leaked.values() for path in paths}
+        leaks = []
+        for paths in self.photographs:  # one pair of each photograph
+            sides = [[p for p in paths if p in test], [p for p in paths if p not in test]]
+            if all(sides):
+                leaks.append(("in test and in training", sides[0][0], sides[1][0]))
+        doubles = [("same content", paths[0], paths[1]) for paths in self.duplicates]
+        return labels + leaks + doubles
+
+    def groups(self) -> dict[str, int]:
+        """Return the number of its photograph for each image, the largest photograph 1."""
+        return {path: number for number, paths in enumerate(self.photographs, 1) for path in paths}
+
+
+def inspect(folder: DataFolder, image_size: tuple[int, int]) -> Audit:
+    """Inspect `train` and, if it exists, `test`.
+
+    Raises:
+        PipelineError: a class folder is missing or empty, or a CSV file lacks an image.
+    """
+    sides = ["train", "test"] if folder.split_file.exists() else folder.sides or ["train"]
+    every = read(folder, {side: folder.images(side) for side in sides}, image_size)
+    by_photograph, by_content = defaultdict(list), defaultdict(list)
+    for data in every:
+        for path, content, number in zip(data.paths, data.contents, data.photographs, strict=True):
+            by_photograph[int(number)].append(path)
+            by_content[content].append(path)
+    usual, odd = _odd_sized(folder, [path for data in every for path in data.paths])
+    return Audit(
+        folder=str(folder),
+        split_file=folder.split_file.exists(),
+        groups_file=folder.groups_file.exists(),
+        pictures={data.side: data.counts for data in every},
+        unreadable=sorted(one for data in every for one in data.skipped),
+        usual_size=usual,
+        odd_sized=odd,
+        duplicates=sorted(sorted(paths) for paths in by_content.values() if len(paths) > 1),
+        photographs=sorted(
+            (sorted(paths) for paths in by_photograph.values()), key=lambda p: (-len(p), p)
+        ),
+        two_labels=sorted(
+            sorted(paths)
+            for paths in by_photograph.values()
+            if len({Path(path).parent.name for path in paths}) == 2
+        ),
+        leaked=_leaked(every),
+    )
+
+
+def _leaked(every: list[Dataset]) -> dict[str, list[str]]:
+    if len(every) < 2:
+        return {}
+    split = Split(*every)
+    paths = [path for path, leaked in zip(split.testing.paths, split.leaked, strict=True) if leaked]
+    return {name: [p for p in paths if Path(p).parent.name == name] for name in CLASSES}
+
+
+def text(audit: Audit) -> str:
+    """Return an audit as text, the conclusion first."""
+    lines = [_verdict(audit), ""]
+    lines += [f"{'images':14}" + "".join(f"{name:>12}" for name in CLASSES)]
+    for split, counts in audit.pictures.items():
+        lines.append(f"  {split:12}" + "".join(f"{counts[name]:12}" for name in CLASSES))
+    if audit.split_file:
+        lines.append(f"  as {SPLIT_FILE} says; delete it to use the folders")
+    how = f"as {GROUPS_FILE} says" if audit.groups_file else "found by comparing the images"
+    largest = max(map(len, audit.photographs), default=0)
+    most = f"; at most {largest} images of one" if largest > 1 else ""
+    lines.append(f"photographs   {len(audit.photographs)}, {how}{most}")
+    if audit.leaked:
+        leaked = ", ".join(
+            f"{len(paths)} of {audit.pictures['test'][name]} {name}"
+            for name, paths in audit.leaked.items()
+        )
+        lines.append(f"leaked        {leaked}")
+    lines += _listed(
+        "two labels",
+        "in both class folders, likely label errors",
+        ["  and  ".join(_one_of_each_class(paths)) for paths in audit.two_labels],
+    )
+    lines += _listed(
+        "duplicates",
+        "contents in more than one file",
+        ["  =  ".join(paths) for paths in audit.duplicates],
+    )
+    lines += _listed("unreadable", "", [f"{path} {why}" for path, why in audit.unreadable])
+    if audit.usual_size:
+        lines += _listed(
+            "odd size",
+            "are not {} x {} as most".format(*audit.usual_size),
+            [f"{path} {width} x {height}" for path, width, height in audit.odd_sized],
+        )
+    return "\n".join(lines)
+
+
+def _verdict(audit: Audit) -> str:
+    testing = sum(audit.pictures.get("test", {}).values())
+    leaked = sum(map(len, audit.leaked.values()))
+    if leaked:
+        return (
+            f"Do not trust an accuracy on this test set. {describe_leakage(leaked, testing)}\n"
+            f"For a clean split: python src/audit.py --resplit 0.2"
+        )
+    found = [
+        f"{len(paths)} {what}"
+        for paths, what in (
+            (audit.two_labels, "with two labels"),
+            (audit.unreadable, "unreadable"),
+        )
+        if paths
+    ]
+    start = "Look at these first: " + ", ".join(found) if found else "Nothing found"
+    return f"{start}. {describe_leakage(leaked, testing)}"
+
+
+def _listed(name: str, what: str, found: list[str]) -> list[str]:
+    if not found:
+        return [f"{name:14}none"]
+    more = [f"{'':16}and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return [
+        f"{name:14}{len(found)} {what}".rstrip(),
+        *(f"{'':16}{one}" for one in found[:SHOWN]),
+    ] + more
+
+
+def _one_of_each_class(paths: list[str]) -> tuple[str, str]:
+    defect, good = (next(p for p in paths if Path(p).parent.name == name) for name in CLASSES)
+    return defect, good
+
+
+def _odd_sized(
+    folder: DataFolder, paths: list[str]
+) -> tuple[tuple[int, int] | None, list[tuple[str, int, int]]]:
+    """Return the usual width and height, and the images with another."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = list(pool.map(lambda path: preprocessing.dimensions(folder.path / path), paths))
+    if not sizes:
+        return None, []
+    usual = Counter(sizes).most_common(1)[0][0]
+    odd = [(path, *size) for path, size in zip(paths, sizes, strict=True) if size != usual]
+    return usual, sorted(odd)

@@ -1,0 +1,93 @@
+"""Groups images by the photograph they come from, however rotated, flipped, zoomed or lit.
+
+Only likely pairs (`candidates`) are compared (`alignment`); pairs that agree join. What was found
+is kept (`photograph_cache`).
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
+
+from defect_detection.dataset import photograph_cache
+from defect_detection.dataset.candidates import BLOCK, Pair, PairSearch
+from defect_detection.dataset.photograph_cache import PhotographCache
+
+log = logging.getLogger(__name__)
+
+FRUITLESS_ROUNDS = 3  # without a join, after which the search ends
+COMPARISONS = 8  # for each image, at most, so that the cost stays linear
+
+
+def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
+    """Group images by the photograph they come from.
+
+    What was found is kept by content: a second call is quick, a new image costs one image.
+
+    Args:
+        contents: a readable image for each content's SHA-256.
+        cache: folder of what is known already.
+
+    Returns:
+        The number of its photograph for each content, from 0.
+
+    Raises:
+        PipelineError: the cache cannot be used.
+    """
+    digests = sorted(contents)
+    with photograph_cache.opened(cache) as known:
+        new = known.lacking(digests)
+        if new:
+            log.info("Comparing %d new images with %d", len(new), len(digests))
+        started = time.perf_counter()
+        for start in range(0, len(new), BLOCK):
+            block = new[start : start + BLOCK]
+            known.keep_features(
+                block, photograph_cache.describe_files(contents[one] for one in block)
+            )
+        numbers = _group(digests, known)
+        if new:
+            seconds = time.perf_counter() - started
+            log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
+    return dict(zip(digests, numbers, strict=True))
+
+
+def _group(digests: Sequence[str], known: PhotographCache) -> list[int]:
+    """Compare likely pairs in rounds until no groups join any more; return numbers of groups."""
+    joined, place = DisjointSet(digests), {digest: i for i, digest in enumerate(digests)}
+    tested: set[Pair] = set()
+    for a, b, same in known.pairs():  # also through images that were deleted
+        if same:
+            joined.add(a)
+            joined.add(b)
+            joined.merge(a, b)
+        if a in place and b in place:
+            tested.add((place[a], place[b]))
+
+    def numbers() -> np.ndarray:
+        # By the first image of each group, since its root depends on the order of the merges.
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(joined[one], len(first)) for one in digests], int)
+
+    searched = known.searched(digests)
+    new = [digest for digest in digests if digest not in searched]
+    if new and len(digests) > 1:
+        search = PairSearch(known, digests, new)
+        compared = fruitless = 0
+        while fruitless < FRUITLESS_ROUNDS and compared < COMPARISONS * len(new):
+            joins = 0
+            pairs = search.propose(numbers(), tested)
+            for start in range(0, len(pairs), 64):
+                block = [(digests[i], digests[j]) for i, j in pairs[start : start + 64]]
+                # Skip pairs that have joined meanwhile.
+                block = [pair for pair in block if not joined.connected(*pair)]
+                tested.update((place[a], place[b]) for a, b in block)
+                compared += len(block)
+                for pair, same in zip(block, known.compare(block), strict=True):
+                    joins += int(same and joined.merge(*pair))
+            fruitless = 0 if joins else fruitless + 1
+        known.keep_searched(digests)
+    return numbers().tolist()

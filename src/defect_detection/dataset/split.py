@@ -1,0 +1,236 @@
+"""The training and the test images of a data folder, and what they share."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from defect_detection import PipelineError
+from defect_detection.atomic import read_mapping, write_mapping
+from defect_detection.dataset import decoded, holdout
+from defect_detection.dataset.decoded import Decoded, Skipped
+from defect_detection.dataset.folder import SIDES, DataFolder
+from defect_detection.runtime.decision import CLASSES, POSITIVE
+
+log = logging.getLogger(__name__)
+
+LARGEST_UNREADABLE_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The readable images of one side of a data folder.
+
+    Attributes:
+        folder: the data folder, from which the paths count.
+        side: "train" or "test".
+        images: uint8 (n, height, width, 1), memory-mapped, 0 = black.
+        labels: uint8 (n,), 1 = defect, 0 = ok.
+        paths: (n,) paths relative to the folder, sorted by class, then name.
+        contents: (n,) SHA-256 of each file.
+        photographs: int (n,), number of the photograph that each image comes from; the same in
+            the training and the test images of a folder.
+        digest: SHA-256 of the paths and contents of all images, the unreadable ones included.
+        skipped: path and reason of each unreadable image.
+    """
+
+    folder: DataFolder
+    side: str
+    images: np.ndarray
+    labels: np.ndarray
+    paths: tuple[str, ...]
+    contents: tuple[str, ...]
+    photographs: np.ndarray
+    digest: str
+    skipped: Skipped
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __str__(self) -> str:
+        """Return where the images lie."""
+        return str(self.folder.path / self.side)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = self.images.shape[1:3]
+        return height, width
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each class."""
+        return {name: int(np.sum(self.labels == (name == POSITIVE))) for name in CLASSES}
+
+    def file(self, row: int) -> Path:
+        """Return the file of an image."""
+        return self.folder.path / self.paths[row]
+
+    def images_at(self, image_size: tuple[int, int]) -> np.ndarray:
+        """Return the same images at another size, uint8 (n, height, width, 1).
+
+        Raises:
+            PipelineError: the files have changed since this data set was read.
+        """
+        if image_size == self.image_size:
+            return self.images
+        again = decoded.decode(
+            self.folder, [self.file(row) for row in range(len(self))], self.side, image_size
+        )
+        if again.contents != self.contents:
+            raise PipelineError(f"{self}: files were changed while they were read. Run this again")
+        return again.images
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training and the test images of a data folder."""
+
+    training: Dataset
+    testing: Dataset
+
+    @property
+    def leaked(self) -> np.ndarray:
+        """Which test images come from a photograph that is also in training: bool (n,)."""
+        return np.isin(self.testing.photographs, self.training.photographs)
+
+    @property
+    def leaked_share(self) -> float:
+        """Share of the test images that are leaked, in [0, 1]."""
+        return float(self.leaked.mean())
+
+    @property
+    def leakage(self) -> str:
+        """The leakage in a sentence."""
+        return describe_leakage(int(self.leaked.sum()), len(self.testing))
+
+
+def describe_leakage(leaked: int, testing: int) -> str:
+    """Return how many of the test images are leaked, in a sentence."""
+    if not leaked:
+        return "No test image comes from a photograph that is also in training."
+    return (
+        f"{leaked} of {testing} test images ({leaked / testing:.1%}) come from a photograph that "
+        f"is also in training."
+    )
+
+
+def load(folder: DataFolder, image_size: tuple[int, int]) -> Split:
+    """Load the training and the test images at a size, height and width in pixels.
+
+    Raises:
+        PipelineError: a class folder is missing or holds no readable image, more than 5 % of the
+            images are unreadable, or `split.csv` or `groups.csv` lacks an image.
+    """
+    files = {side: folder.images(side) for side in SIDES}
+    if folder.split_file.exists():
+        counted = ", ".join(f"{len(files[side])} in {side}" for side in SIDES)
+        log.info("Following %s: %s. Delete it to use the folders", folder.split_file, counted)
+    training, testing = read(folder, files, image_size)
+    for one in (training, testing):
+        _require_readable(one)
+    return Split(training, testing)
+
+
+def read(
+    folder: DataFolder, files: dict[str, list[Path]], image_size: tuple[int, int]
+) -> list[Dataset]:
+    """Read image files, however many of them are readable, and find their photographs.
+
+    Args:
+        folder: the data folder.
+        files: of each side.
+        image_size: height and width in pixels.
+
+    Returns:
+        A data set for each side, in the order of `files`.
+
+    Raises:
+        PipelineError: `groups.csv` lacks an image.
+    """
+    every = [decoded.decode(folder, paths, side, image_size) for side, paths in files.items()]
+    return [
+        Dataset(
+            folder=folder,
+            side=side,
+            images=one.images,
+            labels=np.array([Path(path).parent.name == POSITIVE for path in one.paths], np.uint8),
+            paths=one.paths,
+            contents=one.contents,
+            photographs=photographs,
+            digest=one.digest,
+            skipped=one.skipped,
+        )
+        for side, one, photographs in zip(files, every, _photographs(folder, every), strict=True)
+    ]
+
+
+def resplit(folder: DataFolder, share: float, seed: int, image_size: tuple[int, int]) -> Path:
+    """Write `split.csv`: a test set of `share` that has no photograph in common with training.
+
+    No image is moved. Classes keep their proportions as well as whole photographs allow.
+
+    Returns:
+        The file.
+
+    Raises:
+        PipelineError: a class has too few photographs.
+    """
+    every = read(folder, {side: folder.images_in(side) for side in folder.sides}, image_size)
+    paths = [path for one in every for path in one.paths]
+    labels = np.concatenate([one.labels for one in every])
+    photographs = np.concatenate([one.photographs for one in every])
+    testing = set(holdout.hold_out(labels, photographs, share, seed)[1])
+    # An unreadable image may become readable: it goes to training, where it is skipped.
+    rows = {path: "train" for one in every for path, _ in one.skipped}
+    rows |= {path: "test" if row in testing else "train" for row, path in enumerate(paths)}
+    write_mapping(folder.split_file, "path", "split", dict(sorted(rows.items())))
+    return folder.split_file
+
+
+def _photographs(folder: DataFolder, sides: Sequence[Decoded]) -> list[np.ndarray]:
+    """Number the photographs: those of `groups.csv` if it exists, else those that are found."""
+    if folder.groups_file.exists():
+        given = read_mapping(folder.groups_file, "path", "photo")
+        lacking = [path for side in sides for path in side.paths if path not in given]
+        if lacking:
+            raise PipelineError(
+                f"{folder.groups_file} does not name the photograph of {lacking[0]} (and of "
+                f"{len(lacking) - 1} more). Add a line for each, or delete the file"
+            )
+        numbers = _numbered(given.values())
+        return [np.array([numbers[given[path]] for path in side.paths], int) for side in sides]
+    from defect_detection.dataset import photographs  # OpenCV and SciPy
+
+    files = {
+        content: folder.path / path
+        for side in sides
+        for content, path in zip(side.contents, side.paths, strict=True)
+    }
+    found = photographs.find(files, folder.cache)
+    return [np.array([found[content] for content in side.contents], int) for side in sides]
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _require_readable(data: Dataset) -> None:
+    """Log each unreadable image, and refuse data sets with too many of them or without a class."""
+    total = len(data) + len(data.skipped)
+    where = f"{data.side} of {data.folder.split_file}" if data.folder.split_file.exists() else data
+    for path, why in data.skipped:
+        log.warning("%s %s: skipped", path, why)
+    if len(data.skipped) > LARGEST_UNREADABLE_SHARE * total:
+        path, why = data.skipped[0]
+        raise PipelineError(
+            f"{where}: {len(data.skipped)} of {total} cannot be read, more than "
+            f"{LARGEST_UNREADABLE_SHARE:.0%}. Replace or delete them ({path} {why})"
+        )
+    if data.skipped:
+        log.warning("%s: %d of %d skipped", where, len(data.skipped), total)
+    for name, count in data.counts.items():
+        if not count:
+            raise PipelineError(f"{data.folder.path / data.side / name} holds no readable image")

@@ -1,0 +1,1 @@
+"""From files to rows of verdicts, with the model in production."""

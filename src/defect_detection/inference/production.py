@@ -1,0 +1,183 @@
+"""The model in production, kept on this machine and followed when the alias prod moves.
+
+A child process (`fetch`) asks the registry and fetches the files that are not here yet: MLflow
+takes two seconds and 230 MB, which a process that judges images for months need not hold.
+"""
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from defect_detection import PipelineError
+
+log = logging.getLogger(__name__)
+
+FETCH = "defect_detection.inference.fetch"  # the module that the child process runs
+ASK_EVERY = 60  # seconds, while a folder is watched
+ANSWER_WITHIN = 120  # seconds
+
+
+@dataclass(frozen=True)
+class LocalVersion:
+    """A version of a registered model whose files are on this machine.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version.
+        acc: its test accuracy, in [0, 1].
+        folder: of its files.
+        asked_at: when the registry said that it has the alias prod; ISO 8601, UTC.
+    """
+
+    name: str
+    number: int
+    acc: float
+    folder: str
+    asked_at: str
+
+    def __str__(self) -> str:
+        """Return its name in words."""
+        return f"{self.name} version {self.number}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model in production comes from.
+
+    Attributes:
+        store: URI of the tracking store.
+        name: of the registered model.
+        cache: folder of the files on this machine.
+    """
+
+    store: str
+    name: str
+    cache: str
+
+    @property
+    def models(self) -> Path:
+        """The folder of fetched versions."""
+        return Path(self.cache) / "models"
+
+    @property
+    def last_file(self) -> Path:
+        """The file that says which version had the alias prod last."""
+        return self.models / f"prod-{short_hash(self.store)}-{self.name}.json"
+
+
+class Production:
+    """Follows the version that has the alias prod."""
+
+    def __init__(self, store: str, name: str, cache: Path):
+        """Start to ask the registry; `current` waits for the answer.
+
+        Args:
+            store: URI of the tracking store.
+            name: of the registered model.
+            cache: folder of the files on this machine.
+        """
+        self._source = Source(store, name, str(cache))
+        self._version: LocalVersion | None = None
+        self._child: subprocess.Popen[str] | None = None
+        self._lost = False  # whether it was logged that the registry does not answer
+        self._ask()
+
+    def current(self) -> LocalVersion:
+        """Return the version in production; if the registry is away, the last known one.
+
+        Raises:
+            PipelineError: there is no version in production, or the registry is away and no
+                version is known.
+        """
+        if self._version is None:
+            self._version = self._answer()
+        return self._version
+
+    def moved(self) -> bool:
+        """Ask again from time to time, without waiting; return whether `current` changed."""
+        if self._child is None:
+            if time.monotonic() - self._asked >= ASK_EVERY:
+                self._ask()
+            return False
+        late = time.monotonic() - self._asked > ANSWER_WITHIN
+        if self._child.poll() is None and not late:
+            return False
+        before = self.current()
+        try:
+            self._version = self._answer()
+        except PipelineError as error:  # for instance, the alias was deleted
+            if not self._lost:
+                log.warning("Going on with %s: %s", before, error)
+            self._lost = True
+        return self.current().folder != before.folder
+
+    def close(self) -> None:
+        """Stop asking."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+    def _ask(self) -> None:
+        self._asked = time.monotonic()
+        child = subprocess.Popen(
+            [sys.executable, "-m", FETCH],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdin is not None
+        # Not on the command line, which every user of the machine can read: a URI may hold a
+        # password.
+        json.dump(vars(self._source), child.stdin)
+        child.stdin.close()
+        child.stdin = None  # else `communicate` would flush it
+        self._child = child
+
+    def _answer(self) -> LocalVersion:
+        answer = self._read_answer()
+        if "error" not in answer:
+            self._lost = False
+            return LocalVersion(**answer)
+        last = self._last_known()
+        if not answer["store"] or last is None:
+            raise PipelineError(answer["error"])
+        if not self._lost:
+            log.warning("%s. Taking %s, behind prod on %s", answer["error"], last, last.asked_at)
+        self._lost = True
+        return last
+
+    def _read_answer(self) -> dict[str, Any]:
+        child, self._child = self._child, None
+        assert child is not None
+        with child:
+            try:
+                left = max(0, self._asked + ANSWER_WITHIN - time.monotonic())
+                said, _ = child.communicate(timeout=left)
+                answer: dict[str, Any] = json.loads(said)
+                return answer
+            except subprocess.TimeoutExpired:
+                return {"error": f"No answer in {ANSWER_WITHIN} s", "store": True}
+            except ValueError:
+                return {"error": "The registry cannot be asked; see above", "store": False}
+            finally:
+                child.kill()
+
+    def _last_known(self) -> LocalVersion | None:
+        try:
+            last = LocalVersion(**json.loads(self._source.last_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return last if Path(last.folder).is_dir() else None
+
+
+def short_hash(text: str) -> str:
+    """Return a hash for file names."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

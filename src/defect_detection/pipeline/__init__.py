@@ -1,0 +1,1 @@
+"""The steps of the scripts: compute, record in MLflow, tell on the terminal."""

@@ -1,0 +1,83 @@
+"""Evaluates a logged model, registers it and writes the report."""
+
+from dataclasses import dataclass
+
+import mlflow
+
+from defect_detection import PipelineError
+from defect_detection.dataset.split import Split
+from defect_detection.evaluation import parity, report, robustness
+from defect_detection.evaluation.report import Origin
+from defect_detection.evaluation.result import Evaluation, evaluate
+from defect_detection.pipeline import record, tell
+from defect_detection.pipeline.champions import Champions
+from defect_detection.pipeline.register import LoggedModel, Rules, register
+from defect_detection.registry import saved_model
+from defect_detection.registry.versions import Version
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """How a model is evaluated.
+
+    Attributes:
+        rules: what its registration goes by.
+        max_escape_rate: what the plant allows, for the report.
+        prefix: precedes the names of the figures in a run that has training figures too.
+    """
+
+    rules: Rules
+    max_escape_rate: float
+    prefix: str = ""
+
+
+def evaluate_and_register(
+    model: LoggedModel, classifier: Classifier, split: Split, plan: EvaluationPlan
+) -> Version:
+    """Evaluate a logged model on the test images, register it and log the report.
+
+    Args:
+        model: where it was logged.
+        classifier: its LiteRT form, loaded.
+        split: the images.
+        plan: how.
+
+    Raises:
+        PipelineError: the LiteRT form does not judge as the Keras model does.
+    """
+    evaluation = evaluate(classifier, split)
+    record.evaluation(evaluation, plan.prefix)
+    tell.evaluation(evaluation)
+    _require_parity(model, classifier, evaluation)
+    done, compared = register(model, evaluation, Champions(split), plan.rules)
+    record.registration(done, compared)
+    tell.registration(done, compared)
+    page = report.html(
+        evaluation,
+        done,
+        robustness.measure(classifier, split.testing),
+        plan.max_escape_rate,
+        Origin(record.run_id(), record.commit()),
+    )
+    record.page(page)
+    tell.report(mlflow.get_artifact_uri(report.FILE))
+    return done.version
+
+
+def _require_parity(model: LoggedModel, classifier: Classifier, evaluation: Evaluation) -> None:
+    keras = saved_model.load_keras(model.model_uri, classifier.image_size)
+    images = evaluation.split.testing.images_at(classifier.image_size)
+    thresholds = (classifier.point.threshold, ACCURACY_THRESHOLD)
+    found = parity.compare(keras, images, evaluation.probabilities, thresholds)
+    record.parity(found)
+    tell.parity(found)
+    quantize = classifier.quantize
+    if not found.within(quantize):
+        raise PipelineError(
+            f"Not registered, since LiteRT does not judge as Keras does: {found}; with quantize: "
+            f"{quantize} {parity.TOLERANCES[quantize]:g} and no flip are allowed. "
+            + ("" if quantize == "none" else "Set quantize: none in src/config.yaml. ")
+            + "Train again"
+        )

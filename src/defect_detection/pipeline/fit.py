@@ -1,0 +1,173 @@
+"""Fits a model to the training images, and measures by cross-validation how well that works."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from defect_detection.dataset import holdout
+from defect_detection.dataset.split import Dataset
+from defect_detection.evaluation import metrics
+from defect_detection.evaluation.metrics import Scores
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+from defect_detection.runtime.model_files import ServedModel
+from defect_detection.runtime.ood import OodDetector
+from defect_detection.settings import Decisions, FitParameters, Sampling
+
+# TensorFlow takes 4 s to import: not before the options, the data and the store are good.
+if TYPE_CHECKING:
+    import keras
+
+    from defect_detection.training.devices import Device
+    from defect_detection.training.fitting import TrainingResult
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How one model is made.
+
+    Attributes:
+        name: of the model in tables and figures.
+        make_model: returns the model to fit; called after the seed is set.
+        parameters: learning rate, batch size, epochs, share held out, seed.
+        sampling: the variants that are drawn of the training images.
+        decisions: what the threshold and the review band are chosen for.
+        quantize: how the weights of the served model are stored, one of `settings.QUANTIZE`.
+        device: "auto", "cpu" or "gpu".
+        layers: describes the network of a new model, for the record.
+    """
+
+    name: str
+    make_model: "Callable[[], keras.Model]"
+    parameters: FitParameters
+    sampling: Sampling
+    decisions: Decisions
+    quantize: str
+    device: str
+    layers: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model.
+
+    Attributes:
+        plan: how it was made.
+        result: the Keras model, its history and what it says about held-out photographs.
+        served: its LiteRT form with the operating point and out-of-distribution limits.
+        device: where it was fitted.
+    """
+
+    plan: FitPlan
+    result: "TrainingResult"
+    served: ServedModel
+    device: "Device"
+
+
+def fit(plan: FitPlan, data: Dataset, on_epoch: Callable[[int, dict[str, float]], None]) -> Fit:
+    """Fit a model to images, choose its operating point and convert it to LiteRT.
+
+    Args:
+        plan: how.
+        data: the images.
+        on_epoch: is called after each epoch with its number, from 1, and its metrics.
+
+    Raises:
+        PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
+            and the plan demands one, or the pretrained weights or disk space are lacking.
+    """
+    from defect_detection.training import calibration, devices, features, fitting, network
+
+    _require_photographs(plan, data.labels, data.photographs)
+    with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
+        fitting.make_deterministic(plan.parameters.seed)
+        model = plan.make_model()
+        computed = features.compute(model, data, plan.sampling)
+        result = fitting.fit(model, computed, plan.parameters, on_epoch)
+    held_out, decisions = result.held_out, plan.decisions
+    served = ServedModel(
+        litert=network.to_litert(result.model, plan.quantize),
+        image_size=data.image_size,
+        point=calibration.choose_operating_point(
+            held_out.labels,
+            held_out.probabilities,
+            decisions.max_escape_rate,
+            decisions.review_share,
+        ),
+        ood=OodDetector.fit(data.images),
+        quantize=plan.quantize,
+    )
+    return Fit(plan, result, served, device)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold of a cross-validation.
+
+    Attributes:
+        number: from 1.
+        of: how many folds there are.
+        images: scores of its images at the threshold 0.5.
+        photographs: scores of its photographs, by the mean of their images.
+    """
+
+    number: int
+    of: int
+    images: Scores
+    photographs: Scores
+
+
+def cross_validate(
+    plan: FitPlan, data: Dataset, folds: int, on_fold: Callable[[Fold], None]
+) -> list[Fold]:
+    """Fit a model for each fold of the images and score it on the fold.
+
+    No photograph is divided, neither by the folds nor by the parts of the other folds that are
+    held out to choose the best epoch.
+
+    Args:
+        plan: how each model is made.
+        data: the images.
+        folds: how many.
+        on_fold: is called with each fold when it is scored.
+
+    Raises:
+        PipelineError: as `fit` raises it.
+    """
+    from defect_detection.training import devices, features, fitting
+
+    labels, photographs = data.labels, data.photographs
+    divided = holdout.folds(labels, photographs, folds, plan.parameters.seed)
+    for others, _ in divided:
+        _require_photographs(plan, labels[others], photographs[others])
+    scored = []
+    with devices.chosen(plan.device, plan.make_model, data.images, labels):
+        computed = features.compute(plan.make_model(), data, plan.sampling)
+        for number, (others, rows) in enumerate(divided, start=1):
+            fitting.make_deterministic(plan.parameters.seed)
+            fitted = fitting.fit(plan.make_model(), computed.among(others), plan.parameters)
+            scored.append(_score(fitted, data, rows, number, folds))
+            on_fold(scored[-1])
+    return scored
+
+
+def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: int, of: int) -> Fold:
+    from defect_detection.training import network
+
+    classifier = Classifier(ServedModel(network.to_litert(fitted.model), data.image_size))
+    labels, probabilities = data.labels[rows], classifier.probabilities(data.images[rows])
+    by_photograph = metrics.by_photograph(labels, probabilities, data.photographs[rows])
+    return Fold(
+        number,
+        of,
+        metrics.score(labels, probabilities, ACCURACY_THRESHOLD),
+        metrics.score(*by_photograph, ACCURACY_THRESHOLD),
+    )
+
+
+def _require_photographs(plan: FitPlan, labels: np.ndarray, photographs: np.ndarray) -> None:
+    """Raise PipelineError if there are too few photographs, before minutes of computing."""
+    share, seed = plan.parameters.validation_share, plan.parameters.seed
+    holdout.validation_parts(labels, photographs, share, seed)

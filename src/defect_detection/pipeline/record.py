@@ -1,0 +1,191 @@
+"""The one place that writes results into the active MLflow run."""
+
+import warnings
+from dataclasses import asdict, dataclass
+
+import mlflow
+import numpy as np
+
+from defect_detection.dataset.split import Dataset, Split
+from defect_detection.evaluation import figures, report
+from defect_detection.evaluation.metrics import Scores
+from defect_detection.evaluation.parity import Parity
+from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.pipeline.fit import Fit, FitPlan, Fold
+from defect_detection.registry import saved_model
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+
+TRAINING_TAG = "training"  # has the same value on the runs of one call of train.py
+
+# The scores of a cross-validation that are logged, and their names in tables.
+CROSS_VALIDATED = {
+    "balanced_accuracy": "balanced accuracy",
+    "recall_def_front": "recall def_front",
+    "recall_ok_front": "recall ok_front",
+    "roc_auc": "ROC AUC",
+    "calibration_error": "calibration error",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was fitted and logged; accuracy and loss are on held-out photographs."""
+
+    name: str
+    best_epoch: int
+    val_accuracy: float
+    val_loss: float
+    seconds: float
+    run_id: str
+    model_uri: str
+
+
+def dataset(data: Dataset, context: str) -> None:
+    """Log the folder, the digest and the counts of a data set; `context` as in MLflow."""
+    folder = data.folder.path
+    with warnings.catch_warnings():  # two of MLflow's classes fit a folder
+        warnings.filterwarnings("ignore", "The specified dataset source can be interpreted")
+        described = mlflow.data.from_numpy(
+            data.images[:1],  # for the schema; the digest and the counts are those of all
+            source=folder.as_uri(),
+            name=folder.name,
+            digest=data.digest[:16],
+        )
+    mlflow.log_input(described, context)
+    mlflow.log_params(
+        {f"{context}_{name}": count for name, count in data.counts.items()}
+        | {f"{context}_digest": data.digest, f"{context}_skipped": len(data.skipped)}
+    )
+
+
+def leakage(split: Split) -> None:
+    """Log the share of the test images whose photograph is also in training."""
+    mlflow.log_metric("leaked_share", split.leaked_share)
+    mlflow.set_tags({"leaked_share": repr(split.leaked_share), "leakage": split.leakage})
+
+
+def plan(planned: FitPlan, data: Dataset, **more: object) -> None:
+    """Log how a model is going to be fitted, and more parameters by name."""
+    mlflow.log_params(
+        more
+        | dict(planned.layers)
+        | asdict(planned.parameters)
+        | {"image_size": list(data.image_size), "variants": planned.sampling.variants}
+    )
+
+
+def epoch(number: int, values: dict[str, float]) -> None:
+    """Log the metrics of an epoch, counted from 1."""
+    mlflow.log_metrics(values, step=number)
+
+
+def fit(fitted: Fit, example: bytes) -> Trained:
+    """Log a fitted model: figures, curves and the model itself with an example image file."""
+    result, served, decisions = fitted.result, fitted.served, fitted.plan.decisions
+    mlflow.set_tags(fitted.device.tags())
+    mlflow.log_params(
+        {
+            "fits": result.fits,
+            "validation_pictures": len(result.held_out.labels),
+            "max_escape_rate": decisions.max_escape_rate,
+            "review_share": decisions.review_share,
+            "quantize": served.quantize,
+        }
+    )
+    mlflow.log_metrics(
+        {
+            "best_epoch": result.best_epoch,
+            "fit_seconds": result.seconds,
+            "calibration_scale": result.calibration.scale,
+            "calibration_shift": result.calibration.shift,
+        }
+        | {f"best_{key}": value for key, value in result.best.items()}
+        | asdict(served.point)
+    )
+    curves = figures.learning_curves(fitted.plan.name, result.history, result.best_epoch)
+    mlflow.log_figure(curves, "learning_curves.png")
+    return Trained(
+        name=fitted.plan.name,
+        best_epoch=result.best_epoch,
+        val_accuracy=result.best["val_accuracy"],
+        val_loss=result.best["val_loss"],
+        seconds=result.seconds,
+        run_id=run_id(),
+        model_uri=saved_model.log(result.model, served, example),
+    )
+
+
+def fold(scored: Fold) -> None:
+    """Log the scores of a fold of a cross-validation."""
+    for of, scores in (("pictures", scored.images), ("photographs", scored.photographs)):
+        figures_of = {f"{of}_{key}": value for key, value in scores.as_dict().items()}
+        mlflow.log_metrics(figures_of, step=scored.number)
+
+
+def folds(scored: list[Fold]) -> None:
+    """Log mean, lowest and highest of a cross-validation's scores."""
+    for of, scores in (
+        ("pictures", [one.images for one in scored]),
+        ("photographs", [one.photographs for one in scored]),
+    ):
+        for figure in CROSS_VALIDATED:
+            names = (f"{of}_{figure}_{what}" for what in ("mean", "lowest", "highest"))
+            mlflow.log_metrics(dict(zip(names, over_folds(scores, figure), strict=True)))
+
+
+def over_folds(scores: list[Scores], figure: str) -> tuple[float, float, float]:
+    """Return mean, lowest and highest of a figure over the folds."""
+    values = [getattr(one, figure) for one in scores]
+    return float(np.mean(values)), min(values), max(values)
+
+
+def evaluation(found: Evaluation, prefix: str) -> None:
+    """Log an evaluation; `prefix` precedes the names of its figures."""
+    scores = found.scores
+    dataset(found.split.testing, "testing")
+    mlflow.log_metrics({prefix + name: value for name, value in found.figures().items()})
+    leakage(found.split)
+    mlflow.set_tags({"unseen": str(found.unseen)} | found.sentences())
+    mlflow.log_dict(scores.counts(), "confusion_matrix.json")
+    title = f"Test accuracy {scores.accuracy:.2%}, threshold {ACCURACY_THRESHOLD}"
+    matrix = figures.confusion_matrix(title, scores.matrix())
+    mlflow.log_figure(matrix, "confusion_matrix.png")
+
+
+def parity(found: Parity) -> None:
+    """Log how closely the LiteRT model follows the Keras model."""
+    mlflow.log_metrics(
+        {"parity_largest_difference": found.largest, "parity_verdicts_flipped": found.flipped}
+    )
+
+
+def registration(done: Registration, compared: str) -> None:
+    """Log which version was registered, the comparison with the champion, and the decision."""
+    if done.comparison is not None:
+        mlflow.log_metrics(done.comparison.as_dict())
+    mlflow.set_tags(
+        {
+            "registered_version": done.version.uri,
+            "comparison": compared,
+            "decision": done.decision,
+        }
+    )
+
+
+def page(html: str) -> None:
+    """Log the report of an evaluation."""
+    mlflow.log_text(html, report.FILE)
+
+
+def run_id() -> str:
+    """Return the id of the active run."""
+    run = mlflow.active_run()
+    assert run is not None, "nothing is recorded outside a run"
+    return str(run.info.run_id)
+
+
+def commit() -> str:
+    """Return the project's commit, as MLflow tagged the active run with it."""
+    run = mlflow.active_run()
+    assert run is not None, "nothing is recorded outside a run"
+    return str(run.data.tags.get("mlflow.source.git.commit", "unknown"))

@@ -1,0 +1,148 @@
+"""Registers an evaluated model: decide where it goes, describe it, carry it out."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from defect_detection.evaluation.metrics import Comparison
+from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.pipeline.champions import Champions
+from defect_detection.registry import promotion, versions
+from defect_detection.registry.versions import PRODUCTION_ALIAS, QUALIFIED, Version
+from defect_detection.settings import MLflowNames
+
+
+class LoggedModel(Protocol):
+    """A model that training logged."""
+
+    @property
+    def run_id(self) -> str:
+        """The training run."""
+
+    @property
+    def model_uri(self) -> str:
+        """The logged model, as MLflow loads it."""
+
+    @property
+    def val_accuracy(self) -> float:
+        """Accuracy on held-out photographs, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a registration goes by.
+
+    Attributes:
+        names: of the registered models, and the accuracy that production takes.
+        promotion: "highest_acc", or "significant": the version may get the alias only if it is
+            better than the champion beyond chance.
+        by: the user or the CI run that registers.
+    """
+
+    names: MLflowNames
+    promotion: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where an evaluated model goes.
+
+    Attributes:
+        name: of the registered model that gets it as a new version.
+        champion: the version that has the alias prod now, None if none has.
+        comparison: with the champion, None if there is none or it cannot be run.
+        qualified: whether the rule lets the version get the alias.
+    """
+
+    name: str
+    champion: Version | None
+    comparison: Comparison | None
+    qualified: bool
+
+    def compared(self) -> str:
+        """Return the comparison with the champion in words."""
+        if self.champion is None:
+            return "No version was behind prod to compare with."
+        known = f"{self.champion.name} version {self.champion.number}, behind {PRODUCTION_ALIAS}"
+        if self.comparison is None:
+            return f"{known}, cannot be run: not compared."
+        return f"Compared with {known}: {self.comparison}"
+
+
+def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decision:
+    """Decide by the test accuracy and by the comparison with the champion on the same images."""
+    champion = versions.in_production(rules.names.production_model_name)
+    comparison = champions.compare(champion, evaluation) if champion is not None else None
+    better = comparison is None or comparison.verdict == "better"
+    return Decision(
+        name=versions.gate(evaluation.scores.accuracy, rules.names),
+        champion=champion,
+        comparison=comparison,
+        qualified=rules.promotion != "significant" or better,
+    )
+
+
+def register(
+    model: LoggedModel, evaluation: Evaluation, champions: Champions, rules: Rules
+) -> tuple[Registration, str]:
+    """Register a logged model under the name that its test accuracy earns; move the alias.
+
+    Returns:
+        What became of it, and the comparison with the champion in words.
+    """
+    decision = decide(evaluation, champions, rules)
+    description, tags = describe(model, evaluation, decision)
+    version = versions.register(
+        model.model_uri,
+        model.run_id,
+        evaluation.scores.accuracy,
+        description,
+        decision.name,
+        tags,
+    )
+    if decision.name == rules.names.testing_model_name:
+        said, in_production = _queue(version, rules.names), False
+    else:
+        champions.add(version, evaluation)
+        said, in_production = _promote(version, evaluation, champions, rules)
+    done = Registration(version, decision.champion, decision.comparison, said, in_production)
+    return done, decision.compared()
+
+
+def describe(
+    model: LoggedModel, evaluation: Evaluation, decision: Decision
+) -> tuple[str, dict[str, str]]:
+    """Return the description and the tags of the version beside `acc`."""
+    description = (
+        f"{evaluation.summary()} {evaluation.split.leaked_share:.1%} of them come from a "
+        f"photograph of training; {evaluation.unseen}. Validation accuracy "
+        f"{model.val_accuracy:.4f}."
+    )
+    tags = evaluation.tags()
+    if decision.comparison is not None:
+        tags["comparison"] = decision.compared()
+    if not decision.qualified:
+        tags[QUALIFIED] = "false"
+    return description, tags
+
+
+def _queue(version: Version, names: MLflowNames) -> str:
+    queued = versions.queue_for_retraining(names)
+    return (
+        f"Registered as {version.name} version {version.number}, below the threshold of "
+        f"{names.evaluation_threshold:.0%}; {names.testing_model_alias} is version {queued.number}"
+    )
+
+
+def _promote(
+    version: Version, evaluation: Evaluation, champions: Champions, rules: Rules
+) -> tuple[str, bool]:
+    digest = evaluation.split.testing.digest
+    first = promotion.promote(version.name, digest, champions.update, rules.by)
+    said = (
+        f"Registered as {version.name} version {version.number}; {PRODUCTION_ALIAS} is version "
+        f"{first.number} with a test accuracy of {first.acc:.4f}"
+    )
+    if not version.qualified:
+        said += ", since only a version that is better beyond chance replaces it"
+    return said, first.number == version.number

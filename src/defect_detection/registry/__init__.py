@@ -1,0 +1,1 @@
+"""MLflow: the tracking store, saved models, versions and the alias of production."""

@@ -1,0 +1,151 @@
+"""Models in the store: log one, fetch its files, load it for serving or for training.
+
+A logged model has two forms. `mlflow.tensorflow.load_model` returns the Keras model; evaluation,
+inference and `mlflow models serve` run the LiteRT form, whose files `runtime.model_files` owns.
+"""
+
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from defect_detection import PipelineError, runtime
+from defect_detection.registry.store import first_line
+from defect_detection.runtime import native_output
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.model_files import FLAVOUR, ServedModel
+from defect_detection.runtime.pyfunc import COLUMN
+
+if TYPE_CHECKING:
+    import keras
+    from mlflow.models import Model
+
+# What a logged model needs beside the copied `runtime`.
+RUNTIME_PACKAGES = ("ai-edge-litert", "numpy", "pillow", "pyyaml")
+PACKAGES = ("tensorflow", "keras", *RUNTIME_PACKAGES)
+CODE = "code"  # MLflow's name for the folder
+
+
+def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
+    """Log a Keras model and its LiteRT form as one MLflow model of the active run.
+
+    Args:
+        model: takes float32 (n, height, width, 1) in [0, 255], returns (n, 1).
+        served: its LiteRT form and what decides about its probabilities.
+        example: content of an image file, kept as the input example.
+
+    Returns:
+        The URI of the logged model.
+    """
+    import pandas as pd
+    from mlflow.models import Model
+
+    with redirect_stdout(io.StringIO()):
+        logged = Model.log(
+            None,
+            SimpleNamespace(__name__=__name__, save_model=_save),
+            name="model",
+            model=model,
+            served=served,
+            input_example=pd.DataFrame({COLUMN: [example]}),
+            # Without these MLflow imports the model in a child process to find them: 8 to 10 s.
+            pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+        )
+    return logged.model_uri
+
+
+def _save(
+    path: str, mlflow_model: "Model", model: "keras.Model", served: ServedModel, **options: Any
+) -> None:
+    import mlflow.pyfunc
+    import mlflow.tensorflow
+
+    # False, since MLflow would demand a signature of tensors or run the example to find one.
+    mlflow.tensorflow.save_model(model, path, mlflow_model=mlflow_model, signature=False, **options)
+    folder = Path(path)
+    mlflow_model.add_flavor(FLAVOUR, **served.save(folder))
+    _copy_code(folder / CODE)
+    _set_signature(mlflow_model)
+    mlflow.pyfunc.add_to_model(
+        mlflow_model,
+        loader_module=f"{runtime.__name__}.pyfunc",
+        code=CODE,
+        conda_env="conda.yaml",
+        python_env="python_env.yaml",
+    )
+    mlflow_model.save(str(folder / "MLmodel"))
+
+
+def _copy_code(folder: Path) -> None:
+    """Copy the package `runtime`, which runs where this project is not installed."""
+    source = Path(runtime.__path__[0])
+    package = source.parent
+    copied = folder / package.name / source.name
+    shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(package / "__init__.py", copied.parent)
+
+
+def _set_signature(model: "Model") -> None:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    outputs = [
+        ColSpec(DataType.string, "verdict"),
+        ColSpec(DataType.double, "probability", required=False),
+        ColSpec(DataType.boolean, "review"),
+        ColSpec(DataType.string, "reason"),
+    ]
+    model.signature = ModelSignature(Schema([ColSpec(DataType.binary, COLUMN)]), Schema(outputs))
+
+
+@contextmanager
+def fetched(model_uri: str) -> Iterator[Path]:
+    """Yield a local folder with the files of a model; it is deleted after the block.
+
+    Raises:
+        PipelineError: the files cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            files = mlflow.artifacts.download_artifacts(model_uri, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            message = f"{model_uri}: its files cannot be fetched ({first_line(error)})"
+            raise PipelineError(message) from error
+        yield Path(files)
+
+
+def load_classifier(model_uri: str) -> Classifier:
+    """Fetch a logged or registered model and load it for serving.
+
+    Raises:
+        PipelineError: its files cannot be fetched, or it has no LiteRT form.
+    """
+    with fetched(model_uri) as files:
+        return Classifier.load(files)
+
+
+def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
+    """Load a logged or registered model for training, not compiled.
+
+    Raises:
+        PipelineError: it takes images of another size.
+    """
+    native_output.silence_tensorflow()
+    import mlflow.tensorflow
+
+    model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
+    size = model.input_shape[1:3]
+    if size != tuple(image_size):
+        raise PipelineError(
+            f"{model_uri} takes images of {list(size)}, and image_size is {list(image_size)}: "
+            f"set image_size in re_train/re_train.yaml to {list(size)}"
+        )
+    return model

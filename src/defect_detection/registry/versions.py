@@ -1,0 +1,179 @@
+"""Versions of registered models: the gate, registration, tags and aliases."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from defect_detection.settings import MLflowNames
+
+log = logging.getLogger(__name__)
+
+PRODUCTION_ALIAS = "prod"
+QUALIFIED, SET_ASIDE = "qualified", "set_aside"  # tags of a version
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version, from 1.
+        acc: its test accuracy, in [0, 1].
+        tags: all tags of the version in MLflow.
+        source: URI of the logged model; no two versions have the same.
+    """
+
+    name: str
+    number: int
+    acc: float
+    tags: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The URI by which MLflow loads it."""
+        return f"models:/{self.name}/{self.number}"
+
+    @property
+    def test_digest(self) -> str | None:
+        """Digest of the test images on which `acc` was measured."""
+        return self.tags.get("test_digest")
+
+    @property
+    def qualified(self) -> bool:
+        """Whether the configured rule lets it get the production alias."""
+        return self.tags.get(QUALIFIED) != "false"
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether a person moved the alias away from it or past it."""
+        return self.tags.get(SET_ASIDE) == "true"
+
+
+def gate(acc: float, names: MLflowNames) -> str:
+    """Return the registered model for a test accuracy: production at the threshold or above."""
+    if acc >= names.evaluation_threshold:
+        return names.production_model_name
+    return names.testing_model_name
+
+
+def register(
+    model_uri: str, run_id: str, acc: float, description: str, name: str, tags: dict[str, str]
+) -> Version:
+    """Register a logged model as a new version of `name`.
+
+    Args:
+        model_uri: of the logged model.
+        run_id: the run that logged it.
+        acc: its test accuracy, which becomes the tag `acc`.
+        description: of the version.
+        name: of the registered model, created if it does not exist.
+        tags: more tags of the version; it has them from its creation on.
+    """
+    client = MlflowClient()
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        name,
+        source=model_uri,
+        run_id=run_id,
+        tags={"acc": repr(acc)} | tags,
+        description=description,
+        model_id=model_uri.removeprefix("models:/"),
+    )
+    return Version(name, int(made.version), acc, made.tags)
+
+
+def with_accuracy(name: str) -> list[Version]:
+    """Return the versions of a registered model that have the tag `acc`, oldest first."""
+    found = []
+    for version in MlflowClient().search_model_versions(f"name = '{name}'"):
+        try:
+            acc = float(version.tags["acc"])
+        except (KeyError, ValueError):
+            log.warning("%s version %s has no accuracy in its tag 'acc'", name, version.version)
+            continue
+        found.append(Version(name, int(version.version), acc, version.tags))
+    return sorted(found, key=lambda version: version.number)
+
+
+def set_tags(version: Version, tags: Mapping[str, str | None]) -> None:
+    """Set tags of a version; None deletes the tag."""
+    client, number = MlflowClient(), str(version.number)
+    for tag, value in tags.items():
+        if value is not None:
+            _retry(client.set_model_version_tag, version.name, number, tag, value)
+        elif tag in version.tags:
+            _retry(client.delete_model_version_tag, version.name, number, tag)
+
+
+def update(version: Version, acc: float, tags: Mapping[str, str], description: str) -> None:
+    """Replace a version's figures by those measured on other test images.
+
+    If the process dies in between, the version has no digest of test images, so its figures count
+    for none.
+    """
+    client = MlflowClient()
+    set_tags(version, {"test_digest": ""})
+    client.update_model_version(version.name, str(version.number), description)
+    set_tags(version, {"acc": repr(acc)} | {k: v for k, v in tags.items() if k != "test_digest"})
+    set_tags(version, {"test_digest": tags["test_digest"]})
+
+
+def set_alias(version: Version, alias: str) -> None:
+    """Move an alias to a version, atomically."""
+    number = str(version.number)
+    _retry(MlflowClient().set_registered_model_alias, version.name, alias, number)
+
+
+def _retry(call: Callable[..., None], *arguments: str, tries: int = 5) -> None:
+    for left in reversed(range(tries)):
+        try:
+            return call(*arguments)
+        except MlflowException:
+            # If two processes set a new alias or tag at the same moment, both insert a row, and
+            # the store refuses the second.
+            if left == 0:
+                raise
+            time.sleep(random.uniform(0.01, 0.1))
+
+
+def queue_for_retraining(names: MLflowNames) -> Version:
+    """Point the testing alias at the newest version, from which retraining starts.
+
+    Another process may register a newer version between the query and the move. Each process
+    queries again after its move, so the last one to move has seen all versions.
+    """
+    target = None
+    while True:
+        newest = with_accuracy(names.testing_model_name)[-1]
+        if target is not None and newest.number == target.number:
+            return target
+        set_alias(newest, names.testing_model_alias)
+        target = newest
+
+
+def in_production(name: str) -> Version | None:
+    """Return the version with the alias `prod`, None if there is none."""
+    return with_alias(name, PRODUCTION_ALIAS)
+
+
+def with_alias(name: str, alias: str) -> Version | None:
+    """Return the version of a registered model that has an alias, None if there is none."""
+    try:
+        found = MlflowClient().get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    acc = float(found.tags.get("acc", "nan"))
+    return Version(name, int(found.version), acc, found.tags, found.source)

@@ -1,0 +1,269 @@
+"""The output of the frozen layers for images and their variants, computed once.
+
+The frozen layers never change, so all sets, all folds and the next training use the same features.
+They are kept in a file from which a fit reads what it needs.
+"""
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from defect_detection import PipelineError
+from defect_detection.dataset.split import Dataset
+from defect_detection.runtime.preprocessing import PREPROCESSING
+from defect_detection.settings import Sampling
+from defect_detection.training import augmentation, network
+from defect_detection.training.augmentation import Augmentation
+from defect_detection.training.network import keras, tf
+
+log = logging.getLogger(__name__)
+
+BATCH = 16
+MOST_PLAIN = 1000  # images of a class without variation, for validation
+# Shares of the variants; a fit weighs both classes the same nevertheless.
+GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
+FILES_KEPT = 3
+PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
+LOG_EVERY = 15  # seconds
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of plain images and of variants.
+
+    Attributes:
+        path: the file of values, float16 (m, height, width, channels).
+        shape: of these values.
+        rows: (n,) the rows of the file that belong to these features.
+        labels: float32 (n,), 1 = defect.
+        images: (n,) the number of the image that each comes from.
+        photographs: (n,) the number of its photograph.
+        varied: bool (n,), false for plain images.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    rows: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    photographs: np.ndarray
+    varied: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the values of some rows, float16 (k, height, width, channels).
+
+        The file is mapped for each call, since pages that were read count as the process's memory
+        while the file is mapped.
+        """
+        return np.memmap(self.path, np.float16, "r", shape=self.shape)[self.rows[numbers]]
+
+    def among(self, images: np.ndarray) -> "Features":
+        """Return the features of some images only."""
+        kept = np.isin(self.images, images)
+        names = ("rows", "labels", "images", "photographs", "varied")
+        return replace(self, **{name: getattr(self, name)[kept] for name in names})
+
+
+def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
+    """Compute the features of a data set, or take them from the cache.
+
+    Up to 1,000 images of each class are used without variation. Variants are drawn so that every
+    photograph of a class has equally many, whatever its number of images. An interrupted
+    computation is resumed.
+
+    Args:
+        model: its frozen layers are run; for a model without, the variants are the features.
+        data: images of the size that the model takes.
+        sampling: how many variants, and where the features are kept.
+
+    Raises:
+        PipelineError: the cache cannot be written, or the disk is too small for the features.
+    """
+    planned = _plan(data.labels, data.photographs, sampling.variants, sampling.seed)
+    layers = network.frozen(model) if network.has_features(model) else None
+    height, width, channels = model.input_shape[1:] if layers is None else layers.output_shape[1:]
+    shape = (len(planned.images), height, width, channels)
+    path = sampling.cache / f"features-{_key(layers, data, planned, sampling.seed)}"
+    try:
+        sampling.cache.mkdir(parents=True, exist_ok=True)
+        # One process at a time computes them; others wait for it and use them.
+        with path.with_suffix(PART).open("ab") as part:
+            fcntl.flock(part, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_size == _bytes(shape):
+                path.with_suffix(PART).unlink(missing_ok=True)
+            else:
+                _write(part, layers, data, planned, sampling.seed, shape)
+                path.with_suffix(PART).rename(path)
+            os.utime(path)  # used now
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
+    return Features(
+        path=path,
+        shape=shape,
+        rows=np.arange(len(planned.images)),
+        labels=np.where(planned.blemished, 1, data.labels[planned.images]).astype(np.float32),
+        images=planned.images,
+        photographs=data.photographs[planned.images],
+        varied=planned.varied,
+    )
+
+
+def _bytes(shape: tuple[int, int, int, int]) -> int:
+    """Return the size of a file of values, in bytes."""
+    return 2 * math.prod(shape)
+
+
+def _write(
+    part: BinaryIO,
+    layers: keras.Model | None,
+    data: Dataset,
+    planned: "_Plan",
+    seed: int,
+    shape: tuple[int, int, int, int],
+) -> None:
+    """Compute the values into a file, starting where an interrupted computation ended."""
+    cache, each = Path(part.name).parent, _bytes((1, *shape[1:]))
+    _delete_old(cache)
+    begun = part.seek(0, os.SEEK_END) // (BATCH * each) * BATCH
+    part.truncate(begun * each)
+    _require_room(cache, _bytes(shape) - begun * each)
+    for values in _batches(layers, data, planned, seed, begun):
+        part.write(np.ascontiguousarray(values, np.float16).data)
+    part.flush()
+    os.fsync(part.fileno())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    images: np.ndarray
+    varied: np.ndarray
+    blemished: np.ndarray
+
+
+def _plan(labels: np.ndarray, photographs: np.ndarray, variants: int, seed: int) -> _Plan:
+    rng = np.random.default_rng(seed)
+    good, defective = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    counts = [round(variants * GOOD), round(variants * DEFECTIVE)]
+    parts = [
+        *(_evenly(rows, photographs, MOST_PLAIN, rng)[0] for rows in (good, defective)),
+        _evenly(good, photographs, counts[0], rng)[1],
+        _evenly(defective, photographs, counts[1], rng)[1],
+        _evenly(good, photographs, variants - sum(counts), rng)[1],
+    ]
+    number = np.repeat(range(len(parts)), [len(part) for part in parts])
+    return _Plan(np.concatenate(parts), number >= 2, number == 4)
+
+
+def _evenly(
+    rows: np.ndarray, photographs: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose images so that each photograph has equally many.
+
+    Returns:
+        Up to `count` different images; and `count` images, repeated where a photograph has too
+        few, in random order, since the place in a batch decides what fills rotated corners.
+    """
+    rows = rng.permutation(rows)
+    of = list(_by_photograph(rows, photographs))
+    of = [of[number] for number in rng.permutation(len(of))]
+    turns = range(max(len(rows) for rows in of))
+    once = [rows[turn] for turn in turns for rows in of if turn < len(rows)]
+    again = [of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(count)]
+    return np.array(once[:count]), rng.permutation(again)
+
+
+def _by_photograph(rows: np.ndarray, photographs: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the rows of each photograph, in the given order."""
+    _, of = np.unique(photographs[rows], return_inverse=True)
+    order = np.argsort(of, kind="stable")
+    yield from np.split(rows[order], np.cumsum(np.bincount(of))[:-1])
+
+
+def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
+    total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
+    settled = (data.digest, PREPROCESSING, data.images.shape, seed, BATCH)
+    total.update(repr(settled).encode())
+    for array in (planned.images, planned.varied, planned.blemished):
+        total.update(array.tobytes())
+    if layers is not None:
+        # Without the numbers that Keras appends to names of layers.
+        total.update(re.sub(r"_\d+\b", "", layers.to_json()).encode())
+        for weight in layers.get_weights():
+            total.update(weight.tobytes())
+    return total.hexdigest()[:24]
+
+
+def _batches(
+    layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int, begun: int
+) -> Iterator[np.ndarray]:
+    """Yield the features from row `begun` on; the same seed gives the same features."""
+    augment = Augmentation(data.image_size)
+
+    def run(
+        images: tf.Tensor, varied: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor
+    ) -> tf.Tensor:
+        images = tf.cast(images, tf.float32)
+        images = tf.cond(
+            tf.reduce_any(varied),
+            lambda: tf.where(
+                tf.reshape(varied, (-1, 1, 1, 1)), augment(images, blemished, seed), images
+            ),
+            lambda: images,
+        )
+        return tf.cast(images if layers is None else layers(images, training=False), tf.float16)
+
+    run = tf.function(run, reduce_retracing=True, autograph=False)
+    count = len(planned.images)
+    said = started = time.monotonic()
+    for start in range(begun, count, BATCH):
+        rows = slice(start, start + BATCH)
+        yield run(
+            data.images[planned.images[rows]],
+            planned.varied[rows],
+            planned.blemished[rows],
+            tf.constant([seed, start], tf.int64),
+        ).numpy()
+        if time.monotonic() - said > LOG_EVERY:
+            said = time.monotonic()
+            done = min(start + BATCH, count)
+            left = (said - started) * (count - done) / (done - begun)
+            log.info("Features of images: %d of %d, %.0f s to go", done, count, left)
+
+
+def _require_room(cache: Path, needed: int) -> None:
+    """Raise PipelineError if the features will not fit on the disk."""
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise PipelineError(
+            f"{cache}: the features take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. "
+            f"Make room, or lower variants or image_size"
+        )
+
+
+def _delete_old(cache: Path) -> None:
+    """Delete all but the files used last, and unfinished files that are old."""
+    used = {}
+    for path in cache.glob("features-*"):
+        with suppress(FileNotFoundError):  # another process deleted it
+            used[path] = path.stat().st_mtime
+    whole = sorted(
+        (path for path in used if path.suffix != PART), key=lambda path: used[path], reverse=True
+    )
+    stale = [p for p in used if p.suffix == PART and time.time() - used[p] > PART_KEPT]
+    for old in whole[FILES_KEPT - 1 :] + stale:
+        old.unlink(missing_ok=True)

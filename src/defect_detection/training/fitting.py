@@ -1,0 +1,428 @@
+"""Fits a model once for each part of the photographs that is held out; their mean remains."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from defect_detection import PipelineError
+from defect_detection.dataset import holdout
+from defect_detection.evaluation import metrics
+from defect_detection.runtime.classifier import MAP, PROBABILITY
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+from defect_detection.settings import FitParameters
+from defect_detection.training import calibration, network
+from defect_detection.training.calibration import Calibration
+from defect_detection.training.features import Features
+from defect_detection.training.network import keras, tf
+
+BATCH = 32  # for predictions
+TUNING = 0.02  # learning rate of tuned blocks, as a share of the head's
+# Largest numbers of variants and of places for the features' mean and variance.
+MEASURED, MEASURED_PLACES = 512, 2**17
+AGREED = 512  # images on which the merged model is matched to the fits
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Plain images, each judged by the fit that did not see its photograph.
+
+    Attributes:
+        labels: (n,), 1 = defect.
+        probabilities: float32 (n,) of a defect, calibrated.
+        photographs: (n,) number of the photograph that each comes from.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    photographs: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A fitted model with the weights of its best epoch.
+
+    Attributes:
+        model: the model.
+        best_epoch: counted from 1; lowest validation loss.
+        history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`; the validation loss
+            gives each photograph of a class the same weight.
+        calibration: of the log-odds, fitted to the held-out images.
+        held_out: the fits' probabilities for photographs that they did not see.
+        fits: number of fits.
+        seconds: wall time of the fit.
+    """
+
+    model: keras.Model
+    best_epoch: int
+    history: dict[str, list[float]]
+    calibration: Calibration
+    held_out: HeldOut
+    fits: int
+    seconds: float
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The metrics of the best epoch by their names in `history`; `val_…` are calibrated."""
+        found = {name: values[self.best_epoch - 1] for name, values in self.history.items()}
+        return found | _validation(self.held_out)
+
+
+def make_deterministic(seed: int) -> None:
+    """Seed Python, NumPy and TensorFlow; on a CPU the same seed gives the same bits."""
+    keras.utils.set_random_seed(seed)
+
+
+def fit(
+    model: keras.Model,
+    features: Features,
+    parameters: FitParameters,
+    on_epoch: Report = lambda epoch, metrics: None,
+) -> TrainingResult:
+    """Fit the layers that are not frozen with AdamW and binary cross-entropy; calibrate the model.
+
+    The photographs are divided into parts. For each part, a copy of the model is fitted to the
+    variants of the other parts and validated on the part's plain images. The best epoch and the
+    calibration are chosen by the validation of all parts together. The result has the mean of the
+    fits' weights, with its log-odds matched to theirs. A model that was fitted before is
+    fine-tuned and keeps its calibration: it may have seen every photograph, and would become more
+    confident each time.
+
+    Args:
+        model: as `network.build` makes it or as it was registered; its weights are changed.
+        features: of its frozen layers.
+        parameters: learning rate, batch size, epochs, share held out; its seed decides the rest.
+        on_epoch: is called after each epoch with its number, from 1, and its metrics.
+
+    Raises:
+        PipelineError: the loss is not a number, or there are too few photographs.
+    """
+    started = time.perf_counter()
+    new = network.has_features(model) and _standardise(model, features)
+    plain = np.flatnonzero(~features.varied)
+    labels, photographs = features.labels[plain], features.photographs[plain]
+    share, seed = parameters.validation_share, parameters.seed
+    parts = holdout.validation_parts(labels, photographs, share, seed)
+    fits = _Fits(model, features, parameters, [np.unique(photographs[part]) for part in parts])
+    history: dict[str, list[float]] = {}
+    best = _run(fits, plain, parts, history, on_epoch)
+    fits.merge(best.states, plain, parts)
+    calibrated = Calibration(1, 0)
+    if new:
+        weights = photograph_weights(labels, photographs)
+        calibrated = calibration.calibrate(labels, best.probabilities, weights)
+    network.calibrate(model, calibrated)
+    return TrainingResult(
+        model=model,
+        best_epoch=best.epoch,
+        history=history,
+        calibration=calibrated,
+        held_out=HeldOut(labels, calibrated.apply(best.probabilities), photographs),
+        fits=len(parts),
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best epoch, the states of the fits after it, and their held-out probabilities."""
+
+    epoch: int
+    states: list[list[np.ndarray]]
+    probabilities: np.ndarray
+
+
+def _run(
+    fits: "_Fits",
+    plain: np.ndarray,
+    parts: list[np.ndarray],
+    history: dict[str, list[float]],
+    on_epoch: Report,
+) -> _Best:
+    """Run all epochs, append their metrics to `history`, and return the best epoch.
+
+    Raises:
+        PipelineError: the validation loss was never a number.
+    """
+    best, lowest = None, math.inf
+    labels, photographs = fits.features.labels[plain], fits.features.photographs[plain]
+    for epoch in range(1, fits.parameters.epochs + 1):
+        figures = fits.run(epoch)
+        found = fits.judge(plain, parts)
+        figures |= _validation(HeldOut(labels, found, photographs))
+        for name, value in figures.items():
+            history.setdefault(name, []).append(value)
+        if figures["val_loss"] < lowest:
+            lowest, best = figures["val_loss"], _Best(epoch, fits.states(), found)
+        on_epoch(epoch, figures)
+    if best is None:
+        raise PipelineError(
+            f"The fit diverged: its validation loss is not a number. Lower the learning_rate, "
+            f"which is {fits.parameters.learning_rate}"
+        )
+    return best
+
+
+def _validation(held_out: HeldOut) -> dict[str, float]:
+    labels, found = held_out.labels, held_out.probabilities
+    losses = -np.log(np.clip(np.where(labels == 1, found, 1 - found), 1e-7, 1))
+    weights = photograph_weights(labels, held_out.photographs)
+    right = metrics.is_right(labels, found, ACCURACY_THRESHOLD)
+    return {"val_loss": float((weights * losses).sum()), "val_accuracy": float(right.mean())}
+
+
+def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarray:
+    """Return weights (n,) that sum to 1 and are equal for all photographs of a class.
+
+    Both classes have the same.
+    """
+    _, of, images = np.unique(
+        np.stack([labels, photographs]), axis=1, return_inverse=True, return_counts=True
+    )
+    each = 1 / images[of.reshape(-1)]
+    for label in (0, 1):
+        each[labels == label] /= 2 * each[labels == label].sum()
+    return each
+
+
+class _Fits:
+    """The fits of a model, one for each part of the photographs.
+
+    A linear head is fitted for all parts at once, side by side. Fits of more are made in turn,
+    each of them to its share of the variants, so that an epoch costs as much.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        features: Features,
+        parameters: FitParameters,
+        parts: list[np.ndarray],
+    ):
+        self._model, self.features, self.parameters = model, features, parameters
+        self._fitted = network.fitted(model)
+        head = {MAP, PROBABILITY}
+        heads = [v for layer in self._fitted.layers if layer.name in head for v in layer.variables]
+        blocks = [v for v in self._fitted.trainable_variables if all(v is not h for h in heads)]
+        self._at_once = not blocks and network.has_features(model)
+        self._learner = network.several(model, len(parts)) if self._at_once else self._fitted
+
+        self._varied = np.flatnonzero(features.varied)
+        self._weights = np.stack([self._weigh(part) for part in parts], axis=1)
+        columns = [np.arange(len(parts))] if self._at_once else np.arange(len(parts))[:, np.newaxis]
+        self._columns = list(columns)
+
+        count = math.ceil(len(self._rows(1, 0)) / parameters.batch_size)
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.1,
+            max(1, parameters.epochs * count * 19 // 20),
+            warmup_target=1.0,
+            warmup_steps=parameters.epochs * count // 20,
+        )
+        groups = [(self._learner.trainable_variables, 1.0)]
+        if blocks and network.has_features(model):
+            groups = [(heads, 1.0), (blocks, TUNING)]
+        self._optimizers = []
+        for variables, share in groups:
+            optimizer = keras.optimizers.AdamW(
+                _Scaled(rate, parameters.learning_rate * share),
+                weight_decay=parameters.weight_decay,
+            )
+            optimizer.build(variables)
+            self._optimizers.append((optimizer, variables))
+        self._step = tf.function(self._one_step, reduce_retracing=True, autograph=False)
+        self._states = [self._state() for _ in self._columns]
+
+    def run(self, epoch: int) -> dict[str, float]:
+        """Run an epoch of all fits; return loss and accuracy over its variants."""
+        total = np.zeros(3)
+        for number in range(len(self._columns)):
+            self._restore(self._states[number])
+            for batch in self._epoch(epoch, number):
+                total += self._step(*batch).numpy()
+            self._states[number] = self._state()
+        loss, right, weight = total
+        return {"loss": float(loss / weight), "accuracy": float(right / weight)}
+
+    def judge(self, plain: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+        """Return the probability of each image by the fit that held it out."""
+        found = np.empty(len(plain), np.float32)
+        if self._at_once:
+            each = self._predict(plain)
+            for number, part in enumerate(parts):
+                found[part] = each[part, number]
+            return found
+        for number, part in enumerate(parts):
+            self._restore(self._states[number])
+            found[part] = self._predict(plain[part])[:, 0]
+        return found
+
+    def states(self) -> list[list[np.ndarray]]:
+        """Return the present weights of the fits and optimizers, for `merge`."""
+        return list(self._states)
+
+    def merge(
+        self, states: list[list[np.ndarray]], plain: np.ndarray, parts: list[np.ndarray]
+    ) -> None:
+        """Give the model the mean of the fits' weights, and match its log-odds to theirs.
+
+        A mean of weights has log-odds of another scale and shift than the fits, for which
+        calibration, threshold and review band are chosen. They are matched to the mean log-odds of
+        the fits that learned from an image.
+
+        Args:
+            states: as `states` returned them.
+            plain: numbers of the images as they are.
+            parts: indices in `plain` that each fit held out.
+        """
+        some = np.linspace(0, len(plain) - 1, min(len(plain), AGREED)).astype(int)
+        each = []
+        for state in states:
+            self._restore(state)
+            each.append(self._predict(plain[some]))
+        learned = np.stack([~np.isin(some, part) for part in parts], axis=1)
+        together = calibration.mean_in_log_odds(np.concatenate(each, axis=1), learned)
+        self._put_mean(states)
+        found = self._predict(plain[some], self._fitted)[:, 0]
+        labels, photographs = self.features.labels, self.features.photographs
+        weights = photograph_weights(labels[plain[some]], photographs[plain[some]])
+        network.calibrate(self._model, calibration.calibrate(together, found, weights))
+
+    def _put_mean(self, states: list[list[np.ndarray]]) -> None:
+        if not self._at_once:
+            weights = [state[: len(self._learner.weights)] for state in states]
+            self._fitted.set_weights([np.mean(one, axis=0) for one in zip(*weights, strict=True)])
+            return
+        self._restore(states[0])
+        for name in (MAP, PROBABILITY):
+            each = self._learner.get_layer(name).get_weights()
+            self._model.get_layer(name).set_weights([one.mean(-1, keepdims=True) for one in each])
+
+    def _weigh(self, part: np.ndarray) -> np.ndarray:
+        """Return a fit's weights of the variants: 0 for its part, equal sums for both classes."""
+        labels = self.features.labels[self._varied]
+        weights = (~np.isin(self.features.photographs[self._varied], part)).astype(np.float32)
+        half = weights.sum() / 2
+        for label in (0, 1):
+            of_class = weights[labels == label].sum()
+            if not of_class:
+                raise PipelineError(
+                    f"{len(labels)} variants are too few: a fit would see one class only. "
+                    f"Raise variants in src/config.yaml"
+                )
+            weights[labels == label] *= half / of_class
+        return weights
+
+    def _epoch(self, epoch: int, number: int) -> Iterator[tuple]:
+        """Yield batches of features, labels and weights; the next one is read meanwhile."""
+        columns, size = self._columns[number], self.parameters.batch_size
+        rows = self._rows(epoch, number)
+
+        def read(start: int) -> tuple:
+            chosen = np.sort(rows[start : start + size])
+            numbers = self._varied[chosen]
+            weights = self._weights[np.ix_(chosen, columns)]
+            return self.features.take(numbers), self.features.labels[numbers], weights
+
+        with ThreadPoolExecutor(1) as reader:
+            waiting = reader.submit(read, 0)
+            for start in range(size, len(rows), size):
+                coming = reader.submit(read, start)
+                yield waiting.result()
+                waiting = coming
+            yield waiting.result()
+
+    def _rows(self, epoch: int, number: int) -> np.ndarray:
+        """Return the variants for an epoch of a fit, in random order."""
+        rows = np.flatnonzero(self._weights[:, self._columns[number]].any(1))
+        rng = np.random.default_rng([self.parameters.seed, epoch, number])
+        return rng.permutation(rows)[: math.ceil(len(self._varied) / len(self._columns))]
+
+    def _one_step(self, values: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        targets = labels[:, tf.newaxis] * tf.ones_like(weights)
+        with tf.GradientTape() as tape:
+            found = self._learner(tf.cast(values, tf.float32), training=True)
+            losses = weights * keras.ops.binary_crossentropy(targets, found)
+            loss = tf.reduce_sum(tf.reduce_mean(losses, axis=0))
+        every = [v for _, variables in self._optimizers for v in variables]
+        gradients = iter(self._clipped(tape.gradient(loss, [v.value for v in every])))
+        for optimizer, variables in self._optimizers:
+            optimizer.apply([next(gradients) for _ in variables], variables)
+        right = weights * tf.cast((found >= ACCURACY_THRESHOLD) == (targets == 1), tf.float32)
+        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(weights)])
+
+    def _clipped(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Clip the gradient of each fit to length 1.
+
+        Without clipping, some fits learned nothing (docs/model-notes.md).
+        """
+        if not self._at_once:
+            return tf.clip_by_global_norm(gradients, 1.0)[0]
+        squares = [tf.reduce_sum(tf.reshape(g, (-1, g.shape[-1])) ** 2, 0) for g in gradients]
+        length = tf.sqrt(tf.add_n(squares))  # for each fit, along the last axis
+        return [g / tf.maximum(length, 1.0) for g in gradients]
+
+    def _predict(self, numbers: np.ndarray, judge: keras.Model | None = None) -> np.ndarray:
+        return np.concatenate(
+            [
+                (judge or self._learner).predict_on_batch(
+                    self.features.take(numbers[start : start + BATCH]).astype(np.float32)
+                )
+                for start in range(0, len(numbers), BATCH)
+            ]
+        )
+
+    def _variables(self) -> list:
+        kept = [v for optimizer, _ in self._optimizers for v in optimizer.variables]
+        return [*self._learner.weights, *kept]
+
+    def _state(self) -> list[np.ndarray]:
+        return [keras.ops.convert_to_numpy(v) for v in self._variables()]
+
+    def _restore(self, state: list[np.ndarray]) -> None:
+        for variable, value in zip(self._variables(), state, strict=True):
+            variable.assign(value)
+
+
+class _Scaled(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """Another schedule times a constant."""
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, by: float):
+        self.schedule, self.by = schedule, by
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        return self.by * self.schedule(step)
+
+
+def _standardise(model: keras.Model, features: Features) -> bool:
+    """Set the mean and variance of the head's input in a new model; they are never fitted.
+
+    Returns:
+        Whether the model is new; a model that was fitted before has them.
+    """
+    layer = model.get_layer(network.STANDARDISED)
+    mean, _ = layer.get_weights()
+    if mean.any():
+        return False
+    varied = np.flatnonzero(features.varied)
+    count = min(len(varied), MEASURED, MEASURED_PLACES // math.prod(features.shape[1:3]) + 1)
+    some = varied[np.linspace(0, len(varied) - 1, count).astype(int)]
+    begin, between = model.get_layer(network.FEATURES).output, None
+    if layer.input is not begin:  # tuned blocks come between
+        between = keras.Model(begin, layer.input)
+    sums, squares, places = 0.0, 0.0, 0
+    for start in range(0, len(some), BATCH):  # all at once would take half a gigabyte
+        values = features.take(some[start : start + BATCH]).astype(np.float32)
+        if between is not None:
+            values = between.predict_on_batch(values)
+        values = values.astype(float)
+        sums, squares = sums + values.sum((0, 1, 2)), squares + (values**2).sum((0, 1, 2))
+        places += math.prod(values.shape[:3])
+    mean = sums / places
+    layer.set_weights([mean, squares / places - mean**2])
+    return True

@@ -1,0 +1,226 @@
+"""The CNN, built from its hyper-parameters, and its export to LiteRT."""
+
+import os
+import tempfile
+
+import numpy as np
+
+from defect_detection.runtime import native_output
+
+native_output.silence_tensorflow()
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from keras import layers, ops  # noqa: E402
+
+from defect_detection.runtime.classifier import MAP, PROBABILITY  # noqa: E402
+from defect_detection.settings import HyperParameters  # noqa: E402
+from defect_detection.training import pretrained  # noqa: E402
+from defect_detection.training.calibration import Calibration  # noqa: E402
+
+FEATURES = "features"  # name of the last frozen layer
+STANDARDISED = "standardised"
+
+# Images with a shorter side of fewer pixels are enlarged in the model.
+SHORTER_SIDE = 256
+FINE, COARSE = 4, 7  # blocks whose outputs are features: the last of stride 8, one of stride 16
+
+# Exponent of the mean over the map. With 1, a shade over the whole part would count as much as a
+# hole; with infinity, the fit would learn from a single place of each image.
+POWER = 4
+
+
+def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
+    """Build the CNN with pretrained weights, not compiled.
+
+    It takes grey images as floats in [0, 255], shape (n, height, width, 1), and returns the
+    probability of a defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0
+    are frozen; they end in the layer `features`, one place for 16 x 16 pixels of the enlarged
+    image. With two views the features are the mean of those of the image and of its copy
+    turned by 180 degrees. The next `hyper.tuned_blocks` are fitted. The layer `defect_map`
+    returns the evidence of a defect at each place, 0 or more, from a linear combination of the
+    features there; the probability is a sigmoid of its power mean. There is no evidence against a
+    defect: a part without evidence is good, even if it looks unlike those in training.
+
+    Raises:
+        PipelineError: the package with the pretrained weights is not installed.
+    """
+    inputs = keras.Input((*image_size, 1), name="images")
+    enlarged = _smooth(_enlarge(inputs))
+    pretrained_blocks = _pretrained(enlarged.shape[1:], hyper.blocks)
+    features = pretrained_blocks(enlarged)
+    if hyper.views == 2:
+        turned = ops.flip(pretrained_blocks(ops.flip(enlarged, (1, 2))), (1, 2))
+        features = layers.Average(name=FEATURES)([features, turned])
+    else:
+        features = layers.Identity(name=FEATURES)(features)
+    x = features
+    if hyper.tuned_blocks:
+        tuned = features[..., -pretrained.BLOCKS[hyper.blocks - 1][-1] :]
+        for number in range(hyper.blocks, hyper.blocks + hyper.tuned_blocks):
+            tuned = _block(tuned, number)
+        x = layers.Concatenate()([features, tuned])
+    model = keras.Model(inputs, _judge(x, 1), name="defect_cnn")
+    _load_weights(model)
+    return model
+
+
+def has_features(model: keras.Model) -> bool:
+    """Return whether a model has frozen pretrained layers; former versions have none."""
+    return any(layer.name == FEATURES for layer in model.layers)
+
+
+def frozen(model: keras.Model) -> keras.Model:
+    """Return the frozen layers as a model: images in, features out."""
+    return keras.Model(model.input, model.get_layer(FEATURES).output)
+
+
+def fitted(model: keras.Model) -> keras.Model:
+    """Return the fitted layers as a model, features in; the whole model if none is frozen."""
+    if not has_features(model):
+        return model
+    return keras.Model(model.get_layer(FEATURES).output, model.output)
+
+
+def several(model: keras.Model, count: int) -> keras.Model:
+    """Return `count` copies of `fitted(model)` side by side, (n, count); no block may be tuned."""
+    inputs = keras.Input(model.get_layer(FEATURES).output.shape[1:])
+    made = keras.Model(inputs, _judge(inputs, count))
+    for name in (STANDARDISED, MAP, PROBABILITY):
+        weights = model.get_layer(name).get_weights()
+        repeat = 1 if name == STANDARDISED else count
+        made.get_layer(name).set_weights([np.repeat(one, repeat, axis=-1) for one in weights])
+    return made
+
+
+def _enlarge(x: keras.KerasTensor) -> keras.KerasTensor:
+    _, height, width, _ = x.shape
+    factor = SHORTER_SIDE / min(height, width)
+    if factor <= 1:
+        return x
+    return layers.Resizing(round(height * factor), round(width * factor), "bilinear")(x)
+
+
+def _smooth(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Append a binomial filter of 3 x 3; without it a little noise looks like a defect."""
+    smoothed = layers.Conv2D(1, 3, use_bias=False, trainable=False, name="smoothed")
+    x = smoothed(ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"))
+    smoothed.set_weights([np.outer([1, 2, 1], [1, 2, 1]).reshape(3, 3, 1, 1) / 16])
+    return x
+
+
+def _pretrained(shape: tuple[int, int, int], count: int) -> keras.Model:
+    """Build the stem and the first blocks of EfficientNet-Lite0, frozen.
+
+    Batch normalisation is folded into the convolutions, which is the same function and faster.
+
+    Returns:
+        A model that returns features, (n, places, places, channels).
+    """
+    inputs = keras.Input(shape)
+    x = layers.Rescaling(1 / 128, -127 / 128)(inputs)
+    x = layers.Conv2D(pretrained.STEM, 3, 2, padding="same", name="stem")(x)
+    x = layers.ReLU(6)(x)
+    outputs = []
+    for number in range(count):
+        x = _block(x, number)
+        outputs.append(x)
+    # The strongest of four places, since a nick is smaller than the coarser grid.
+    parts = [layers.MaxPooling2D(2, padding="same")(outputs[FINE])]
+    parts += [outputs[number] for number in sorted({COARSE, count - 1})]
+    made = keras.Model(inputs, layers.Concatenate()(parts), name="pretrained")
+    _load_weights(made)
+    made.trainable = False
+    return made
+
+
+def _load_weights(model: keras.Model) -> None:
+    """Set the pretrained weights of the layers by their names."""
+    saved = pretrained.weights()
+    for layer in model.layers:
+        if layer.name in saved:
+            kernel, bias = saved[layer.name]
+            # The grey image replaces red, green and blue.
+            grey = layer.name == "stem"
+            layer.set_weights([kernel.sum(2, keepdims=True) if grey else kernel, bias])
+
+
+def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
+    """Append one inverted residual block: expand, convolve each channel, project."""
+    side, stride, expansion, filters = pretrained.BLOCKS[number]
+    before, name = x, f"block{number}"
+    if expansion > 1:
+        x = layers.Conv2D(expansion * x.shape[-1], 1, name=f"{name}_expand")(x)
+        x = layers.ReLU(6)(x)
+    x = layers.DepthwiseConv2D(side, stride, padding="same", name=f"{name}_depthwise")(x)
+    x = layers.ReLU(6)(x)
+    x = layers.Conv2D(filters, 1, name=f"{name}_project")(x)
+    if stride == 1 and before.shape[-1] == filters:
+        x = layers.Add(name=f"{name}_add")([before, x])
+    return x
+
+
+def _judge(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
+    """Append `count` heads, each with a map of its own and a probability."""
+    # Not by batch statistics: the fit must see what serving sees.
+    x = layers.BatchNormalization(center=False, scale=False, trainable=False, name=STANDARDISED)(x)
+    x = layers.Conv2D(
+        count,
+        1,
+        activation="softplus",
+        kernel_initializer="zeros",
+        bias_initializer=keras.initializers.Constant(-1.0),  # little evidence at the start
+        name=MAP,
+    )(x)
+    # In float32 softplus can be 0, where a root has no gradient.
+    powers = layers.GlobalAveragePooling2D()(ops.power(x + 1e-3, POWER))
+    return layers.EinsumDense(
+        "nk,k->nk",
+        count,
+        bias_axes="k",
+        activation="sigmoid",
+        kernel_initializer=keras.initializers.Constant(2.0),
+        bias_initializer=keras.initializers.Constant(-3.0),
+        name=PROBABILITY,
+    )(ops.power(powers, 1 / POWER))
+
+
+def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
+    """Convert to a LiteRT model of any batch size: input `images`, outputs probability and map.
+
+    This is the route of `keras.Model.export(format="litert")`, written out since Keras for
+    Python 3.10 does not have that format; only LiteRT's own operators, so that the runtime
+    needs no TensorFlow.
+
+    Args:
+        model: as `build` makes it.
+        quantize: "none"; or what the weights are kept as, "float16" or "int8". With int8 the
+            convolutions also compute in it, with the range that each image's values have: with
+            ranges that are fixed beforehand LiteRT 2.3 ends with a segmentation fault.
+    """
+    both = keras.Model(model.inputs, [model.output, model.get_layer(MAP).output])
+
+    def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return dict(zip((PROBABILITY, MAP), both(images, training=False), strict=True))
+
+    with tempfile.TemporaryDirectory() as folder, native_output.suppressed():
+        archive = keras.export.ExportArchive()
+        archive.track(both)
+        signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
+        archive.add_endpoint("serve", serve, input_signature=[signature])
+        archive.write_out(folder, verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        if quantize != "none":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if quantize == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        return converter.convert()
+
+
+def calibrate(model: keras.Model, calibration: Calibration) -> None:
+    """Scale and shift the log-odds of a model."""
+    last = model.get_layer(PROBABILITY)
+    kernel, bias = last.get_weights()
+    scale, shift = calibration.scale, calibration.shift
+    last.set_weights([scale * kernel, scale * bias + shift])

@@ -1,0 +1,238 @@
+"""The report: what it says, what it needs, how it comes out in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from conftest import Project, draw_folders
+from defect_detection.dataset import split as splits
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.evaluation import metrics, report
+from defect_detection.evaluation.metrics import Comparison, Paired, Rate
+from defect_detection.evaluation.report import Origin
+from defect_detection.evaluation.result import Registration, evaluate
+from defect_detection.evaluation.robustness import Disturbed, Repeatability, Robustness
+from defect_detection.registry.versions import Version
+from defect_detection.runtime import heatmap
+from defect_detection.runtime.decision import OperatingPoint
+
+SIZE = (32, 32)
+POINT = OperatingPoint(0.3, 0.2, 0.45)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
+)
+
+
+class Known:
+    """A model whose probabilities and maps are known: both classes overlap."""
+
+    point = POINT
+    image_size = SIZE
+
+    def __init__(self, labels: np.ndarray):
+        rng = np.random.default_rng(0)
+        log_odds = rng.normal(0, 1.5, len(labels)) + np.where(labels == 1, 0.5, -2)
+        self.probabilities = (1 / (1 + np.exp(-log_odds))).astype(np.float32)
+
+    def examine(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        maps = np.random.default_rng(1).random((len(pictures), 8, 8)).astype(np.float32)
+        return self.probabilities, maps
+
+    def ood_reasons(self, pictures: np.ndarray) -> list[str]:
+        return ["blurred", "noisy", *[""] * (len(pictures) - 2)]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """An evaluation of drawn images."""
+    data = draw_folders(tmp_path_factory.mktemp("reported") / "data", train=4, test=60)
+    split = splits.load(DataFolder(data, Project.cache), SIZE)
+    pairs = 1000 + np.arange(len(split.testing)) // 2  # two images of each photograph
+    split = replace(split, testing=replace(split.testing, photographs=pairs))
+    return evaluate(Known(split.testing.labels), split)
+
+
+COMPARED = Comparison(Paired(12, 3, 120), Paired(4, 2, 90))
+CHAMPION = Version("Production_Reg", 3, 0.9)
+
+
+def write(drawn, asked=0.02, **changes) -> str:
+    registration = Registration(
+        Version("Production_Reg", 4, 0.8), CHAMPION, COMPARED, "Registered <so>", True
+    )
+    robustness = Robustness(
+        120,
+        [Disturbed("darker: 70% of the light", 0.75, Rate(3, 60), Rate(4, 60))],
+        Repeatability(Rate(7, 120), Rate(5, 120)),
+    )
+    origin = Origin("0123456789abcdef", "fedcba987654")
+    return report.html(drawn, replace(registration, **changes), robustness, asked, origin)
+
+
+@pytest.fixture(scope="module")
+def page(drawn) -> str:
+    return write(drawn)
+
+
+def text(page: str) -> str:
+    """Return the words of a page, without style and script."""
+    bare = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]+>", " ", bare).split())
+
+
+def test_verdict_comes_first_and_says_what_became_of_the_model(drawn, page):
+    words = text(page)
+    assert "in production Production_Reg version 4 has the alias prod" in words[:200]
+    assert "Registered &lt;so&gt;." in words  # escaped, like all that comes from outside
+    assert "Against version 3, which was behind prod, on the same images: a difference" in words
+    words = text(write(drawn, in_production=False, champion=None, comparison=None))
+    assert "not in production Production_Reg version 4 does not have the alias prod" in words[:200]
+    assert "There was no version behind prod to compare it with." in words
+    assert "Champion and challenger" not in words
+    words = text(write(drawn, comparison=None))
+    assert "Version 3, which was behind prod, cannot be run: it was not compared." in words
+
+
+def test_figures_are_those_of_the_evaluation_with_their_bounds(drawn, page):
+    words = text(page)
+    for errors in (drawn.error_rates, drawn.photograph_error_rates):
+        for name in ("escapes", "overkill", "reviewed", "escapes_past_review"):
+            rate = getattr(errors, name)
+            low, high = rate.bounds
+            assert f"{rate.count} of {rate.of}, {low:.1%} to {high:.1%}" in words
+    assert f"ROC AUC {drawn.scores.roc_auc:.4f}" in words
+    assert "images +7.50% +0.48% to +11.42% 12 3 0.0352" in words
+    assert "photographs +2.22% -3.70% to +6.09% 4 2 0.688" in words
+    assert "darker: 70% of the light 75.0% 5.0% 6.7%" in words
+    assert "the verdict of 7 of 120 (5.8%" in words and "5 of them outside the band" in words
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(0.0, "not kept"), (0.9, "kept"), (None, "too few photographs")]
+)
+def test_largest_escape_rate_is_judged_as_far_as_the_bounds_tell(drawn, asked, expected):
+    if asked is None:
+        asked = drawn.photograph_error_rates.escapes.share
+    assert re.search(rf"by photograph [^:]*: {expected}", text(write(drawn, asked)), re.I)
+
+
+def test_gallery_shows_the_worst_mistake_of_each_photograph(drawn, page):
+    evaluated, testing = drawn, drawn.split.testing
+    shown = re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="([^"]+)">', page)
+    assert len(shown) % 2 == 0
+    distance = np.abs(evaluated.probabilities - POINT.threshold)
+    rejected = evaluated.probabilities >= POINT.threshold
+    expected, more = [], 0
+    for wrong in ((evaluated.labels == 1) & ~rejected, (evaluated.labels == 0) & rejected):
+        worst = {}
+        for row in sorted(np.flatnonzero(wrong), key=lambda row: -distance[row]):
+            worst.setdefault(testing.photographs[row], row)
+        kept = list(worst.values())[: report.MISTAKES_SHOWN]
+        expected += [testing.paths[row] for row in kept]
+        shared = testing.photographs[wrong].tolist()
+        more += sum(shared.count(testing.photographs[row]) == 2 for row in kept)
+    assert shown[::2] == expected
+    assert shown[1::2] == [f"evidence of a defect in {path}" for path in expected]
+    assert page.count(", 1 more of this photograph") == more > 0
+
+
+def test_heatmap_is_strongest_where_the_evidence_is():
+    evidence = np.zeros((8, 8), np.float32)
+    evidence[1, 6] = 2
+    glowing = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence)).astype(int)
+    row, column = np.unravel_index((glowing[..., 0] - glowing[..., 2]).argmax(), (64, 64))
+    assert (row // 8, column // 8) == (1, 6)
+    assert (glowing[40:, :30] == 100).all()
+
+
+def test_evidence_beyond_all_bounds_glows_like_the_most():
+    evidence = np.zeros((8, 8), np.float32)
+    evidence[1, 6] = np.inf
+    endless = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence))
+    evidence[1, 6] = 88
+    most = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence))
+    np.testing.assert_array_equal(endless, most)
+
+
+class References(HTMLParser):
+    """Collects what a page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.found.append(value)
+
+
+def test_page_refers_to_nothing_outside_itself(page):
+    references = References()
+    references.feed(page)
+    assert references.found
+    assert {value.split(":")[0][:1] for value in references.found} <= {"d", "#"}
+    assert all(value.startswith(("data:", "#")) for value in references.found)
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_leakage_is_said_beside_the_figures_that_it_flatters(drawn):
+    split = drawn.split
+
+    def trained_on(photographs):
+        training = replace(split.training, photographs=photographs)
+        return replace(drawn, split=replace(split, training=training))
+
+    assert "These figures flatter." in text(write(trained_on(split.testing.photographs[:3])))
+    assert "These figures flatter." not in text(write(trained_on(np.array([-1]))))
+
+
+@pytest.fixture(scope="module")
+def browsed(page, tmp_path_factory):
+    """The page as the browser has it, what its console said and what it asked for."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (folder / "report.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr, (folder / "net.json").read_text()
+
+
+def test_browser_shows_no_error_and_asks_no_other_host(browsed):
+    _, said, asked = browsed
+    assert "CONSOLE" not in said
+    events = [event.get("params", {}) for event in json.loads(asked)["events"]]
+    remote = [e for e in events if str(e.get("url")).startswith(("http", "ws"))]
+    # The browser itself asks for its maker's hosts; a page from a file asks as that file.
+    assert not [e["url"] for e in remote if "file://" in json.dumps(e)]
+
+
+def test_calculator_finds_the_cheapest_threshold(drawn, browsed):
+    table = re.search(r'<tbody id="costs">(.*?)</tbody>', browsed[0], re.S).group(1)
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in table.split("</tr>")[:-1]]
+    assert [row[0] for row in rows] == ["cheapest here", "the model’s", "plain"]
+
+    def cost(threshold: float) -> float:
+        point = OperatingPoint(threshold, threshold, threshold)
+        errors = metrics.error_rates(drawn.labels, drawn.probabilities, point)
+        return 20 * errors.escapes.share * 100 + 980 * errors.overkill.share * 5
+
+    cheapest = min(map(cost, [*drawn.probabilities.tolist(), 1.1]))
+    assert float(rows[0][4]) == pytest.approx(cheapest, abs=0.006)
+    assert float(rows[1][4]) == pytest.approx(cost(POINT.threshold), abs=0.006)
+    assert float(rows[2][4]) == pytest.approx(cost(0.5), abs=0.006)
+    assert cost(float(rows[0][1])) == pytest.approx(cheapest)
+    assert json.loads(re.search(r"const scores = (.*);", browsed[0]).group(1))["threshold"] == 0.3

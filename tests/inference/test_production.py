@@ -1,0 +1,141 @@
+"""The version in production, kept on this machine."""
+
+import json
+import shutil
+import time
+
+import mlflow
+import pytest
+
+from conftest import wait_for
+from defect_detection import PipelineError
+from defect_detection.inference import fetch
+from defect_detection.inference import production as following
+from defect_detection.inference.production import LocalVersion, Production, Source
+from defect_detection.registry import versions
+
+
+class Line:
+    """A machine that follows prod of a registered model of its own."""
+
+    def __init__(self, store, logged_model, tmp_path):
+        self.store, self.cache = store, tmp_path / "kept"
+        self.run_id, self.uri = logged_model
+        self.name = f"Followed_{tmp_path.name}"
+        self.asking: list[Production] = []
+
+    def register(self) -> versions.Version:
+        version = versions.register(self.uri, self.run_id, 0.9, "", self.name, {})
+        versions.set_alias(version, versions.PRODUCTION_ALIAS)
+        return version
+
+    def production(self, store: str | None = None) -> Production:
+        self.asking.append(Production(store or self.store, self.name, self.cache))
+        return self.asking[-1]
+
+    def last_file(self, store: str):
+        return Source(store, self.name, str(self.cache)).last_file
+
+
+@pytest.fixture
+def line(store, logged_model, tmp_path):
+    made = Line(store, logged_model, tmp_path)
+    yield made
+    for one in made.asking:
+        one.close()
+
+
+def test_version_is_fetched_once_and_then_taken_from_the_cache(line):
+    line.register()
+    first = line.production().current()
+    assert (first.name, first.number, first.acc) == (line.name, 1, 0.9)
+    marked = f"{first.folder}/marked"
+    open(marked, "w").close()
+    again = line.production().current()
+    assert again.folder == first.folder
+    open(marked).close()  # still there: not fetched again
+
+
+def test_alias_that_moves_is_followed_also_back(line, monkeypatch):
+    monkeypatch.setattr(following, "ASK_EVERY", 0)
+    first = line.register()
+    production = line.production()
+    assert production.current().number == 1
+    line.register()
+    wait_for(production.moved)
+    assert production.current().number == 2
+    versions.set_alias(first, versions.PRODUCTION_ALIAS)
+    wait_for(production.moved)
+    assert production.current().number == 1
+
+
+def test_without_the_server_the_last_version_goes_on_and_that_is_said(line, caplog):
+    line.register()
+    kept = line.production().current()
+    gone = "http://127.0.0.1:9"
+    shutil.copy(line.last_file(line.store), line.last_file(gone))
+    assert line.production(gone).current() == kept
+    assert f"The tracking server {gone} does not answer" in caplog.text
+    assert f"Taking {line.name} version 1, behind prod on {kept.asked_at}" in caplog.text
+    shutil.rmtree(kept.folder)
+    with pytest.raises(PipelineError, match="does not answer"):
+        line.production(gone).current()
+
+
+def test_neither_env_nor_yaml_is_read_by_whoever_asks(line, monkeypatch):
+    """The store, the name and the cache are those that were given."""
+    line.register()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert line.production().current().number == 1
+    assert not (line.cache.parent / "mlflow.db").exists()
+
+
+def test_store_does_not_stand_on_the_command_line_that_anyone_can_read(line):
+    """A URI may hold a password."""
+    asking = line.production("http://user:secret@127.0.0.1:9")
+    assert "secret" not in " ".join(map(str, asking._child.args))
+
+
+def test_alias_that_was_taken_away_is_no_reason_to_serve_what_it_named(line):
+    line.register()
+    line.production().current()
+    mlflow.MlflowClient().delete_registered_model_alias(line.name, versions.PRODUCTION_ALIAS)
+    with pytest.raises(PipelineError, match="has the alias prod. Run 'python src/train.py', then"):
+        line.production().current()
+
+
+def test_watch_goes_on_when_the_registry_is_lost_and_says_so_once(line, caplog, monkeypatch):
+    monkeypatch.setattr(following, "ASK_EVERY", 0)
+    line.register()
+    production = line.production()
+    production.current()
+    mlflow.MlflowClient().delete_registered_model_alias(line.name, versions.PRODUCTION_ALIAS)
+    ended = time.monotonic() + 6
+    while time.monotonic() < ended:
+        assert not production.moved()
+        time.sleep(0.05)
+    assert caplog.text.count("Going on with") == 1
+    assert production.current().number == 1
+
+
+def test_registry_that_says_nonsense_is_one_line(line, monkeypatch):
+    monkeypatch.setattr(following, "FETCH", "this")  # prints a poem
+    with pytest.raises(PipelineError, match="cannot be asked"):
+        line.production().current()
+
+
+def test_old_versions_are_deleted(line):
+    models = line.cache / "models"
+    for number in range(6):
+        (models / f"old-{number}").mkdir(parents=True)
+    line.register()
+    served = line.production().current()
+    folders = [path for path in models.iterdir() if path.is_dir()]
+    assert len(folders) == fetch.VERSIONS_KEPT
+    assert served.folder in map(str, folders)
+
+
+def test_answer_is_kept_as_it_was_given(line):
+    line.register()
+    current = line.production().current()
+    assert LocalVersion(**json.loads(line.last_file(line.store).read_text())) == current

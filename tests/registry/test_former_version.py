@@ -1,0 +1,98 @@
+"""A version that was registered before the package `runtime` existed, kept as it was saved."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from defect_detection.registry import saved_model, versions
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.decision import OperatingPoint
+from defect_detection.runtime.pyfunc import COLUMN
+
+KEPT = Path(__file__).with_name("version_before_runtime.zip")
+POINT = OperatingPoint(0.3, 0.25, 0.45)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """The folders and files of the archive: the model, six images, their verdicts then."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.unpack_archive(KEPT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(kept) -> list[Path]:
+    return [kept / f"part_{number}.jpeg" for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def verdicts(kept) -> list[dict]:
+    return json.loads((kept / "verdicts.json").read_text())
+
+
+@pytest.fixture
+def registered(store, kept, tmp_path):
+    """The kept version in a registry."""
+    name = f"Former_{tmp_path.name}"
+    client = MlflowClient()
+    client.create_registered_model(name)
+    client.create_model_version(name, (kept / "model").as_uri(), tags={"acc": "0.9"})
+    version = versions.Version(name, 1, 0.9)
+    versions.set_alias(version, versions.PRODUCTION_ALIAS)
+    return version
+
+
+def close(verdict: dict, expected: dict) -> bool:
+    same = {key: verdict[key] == expected[key] for key in ("verdict", "review", "reason")}
+    return all(same.values()) and abs(verdict["probability"] - expected["probability"]) < 1e-5
+
+
+def test_it_judges_as_it_did(registered, parts, verdicts):
+    assert {one["verdict"] for one in verdicts} == {"defect", "ok"}
+    classifier = saved_model.load_classifier(registered.uri)
+    assert classifier.point == POINT
+    found = [one.as_dict() for one in classifier.classify_all(parts)]
+    assert all(map(close, found, verdicts))
+
+
+def test_mlflow_loads_it_in_this_project_and_where_only_its_own_code_is(
+    registered, kept, parts, verdicts, tmp_path
+):
+    images = [part.read_bytes() for part in parts]
+    loaded = mlflow.pyfunc.load_model(f"models:/{registered.name}@prod")
+    assert all(map(close, loaded.predict(pd.DataFrame({COLUMN: images})), verdicts))
+    program = (
+        "import json, mlflow, pandas, pathlib, sys;"
+        "model = mlflow.pyfunc.load_model(sys.argv[1]);"
+        "images = [pathlib.Path(path).read_bytes() for path in sys.argv[2:]];"
+        "rows = model.predict(pandas.DataFrame({'picture': images}));"
+        "print(json.dumps([rows, sys.modules['defect_detection'].__file__]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(kept / "model"), *map(str, parts)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows, file = json.loads(done.stdout)
+    assert file == str(kept / "model" / "code" / "defect_detection" / "__init__.py")
+    assert all(map(close, rows, verdicts))
+
+
+def test_its_keras_model_can_be_trained_further(registered):
+    model = saved_model.load_keras(registered.uri, (32, 32))
+    assert model.trainable_weights
+
+
+def test_its_folder_serves_without_a_registry(kept, parts, verdicts):
+    found = Classifier.load(kept / "model").classify(parts[0])
+    assert found.verdict == verdicts[0]["verdict"]

@@ -1,0 +1,93 @@
+"""From a file to pixels."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defect_detection.runtime import preprocessing
+from defect_detection.runtime.preprocessing import UnreadableImage
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RAMP = Image.fromarray(np.tile(np.arange(0, 250, 1, np.uint8), (200, 1)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grey_and_colour_jpeg_and_png_give_the_same_picture(kind, mode):
+    decoded = preprocessing.decode(encode(RAMP.convert(mode), kind), (64, 96))
+    assert decoded.shape == (64, 96, 1)
+    assert decoded.dtype == np.uint8
+    expected = np.linspace(0, 249, 96)
+    np.testing.assert_allclose(decoded[30, :, 0], expected, atol=3)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "1"])
+def test_other_modes_of_png_decode(mode):
+    assert preprocessing.decode(encode(RAMP.convert(mode), "PNG"), (32, 32)).shape == (32, 32, 1)
+
+
+def test_sixteen_bit_png_keeps_its_shades():
+    deep = Image.fromarray(np.asarray(RAMP).astype(np.uint16) * 256)
+    decoded = preprocessing.decode(encode(deep, "PNG"), (64, 64))
+    np.testing.assert_allclose(decoded[30, :, 0], np.linspace(0, 249, 64), atol=3)
+
+
+def test_picture_lying_on_its_side_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    lying = encode(RAMP.rotate(90, expand=True), "JPEG", exif=exif.tobytes())
+    upright = preprocessing.decode(encode(RAMP, "JPEG"), (64, 64))
+    np.testing.assert_allclose(
+        preprocessing.decode(lying, (64, 64)).astype(int), upright.astype(int), atol=4
+    )
+
+
+def test_file_and_bytes_give_the_same_pixels(tmp_path):
+    file = tmp_path / "a.jpeg"
+    file.write_bytes(encode(RAMP, "JPEG"))
+    np.testing.assert_array_equal(
+        preprocessing.decode(file, (32, 32)), preprocessing.decode(file.read_bytes(), (32, 32))
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"no image at all", "neither JPEG nor PNG"),
+        (encode(RAMP, "BMP"), "neither JPEG nor PNG"),
+        (encode(RAMP, "JPEG")[:900], "cannot be decoded"),
+        (encode(RAMP, "PNG")[:-200], "cannot be decoded"),
+    ],
+)
+def test_unreadable_picture_says_why(content, reason):
+    with pytest.raises(UnreadableImage, match=reason):
+        preprocessing.decode(content, (32, 32))
+
+
+def test_missing_file_says_so(tmp_path):
+    with pytest.raises(UnreadableImage, match="does not exist"):
+        preprocessing.decode(Path(tmp_path / "gone.jpeg"), (32, 32))
+
+
+@pytest.mark.parametrize(("size", "expected"), [((64, 32), (16, 32)), ((30, 90), (32, 11))])
+def test_decoding_within_keeps_the_proportions(size, expected, tmp_path):
+    Image.new("L", size, 77).save(tmp_path / "a.png")
+    decoded = preprocessing.decode_within(tmp_path / "a.png", 32)
+    assert (decoded.shape, decoded.dtype) == (expected, np.uint8)
+    assert np.unique(decoded).tolist() == [77]
+    assert preprocessing.dimensions(tmp_path / "a.png") == size
+
+
+def test_decoding_within_raises_as_decoding_does(tmp_path):
+    with pytest.raises(UnreadableImage, match="does not exist"):
+        preprocessing.decode_within(tmp_path / "none.png", 32)

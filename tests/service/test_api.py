@@ -1,0 +1,274 @@
+"""The API: in process for what it refuses, as a real server for what it does."""
+
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Server, free_port, wait_for
+from defect_detection.registry import versions
+from defect_detection.service.app import create_app
+from defect_detection.service.jobs import Jobs
+
+LOCAL = {"REMOTE_ADDR": "127.0.0.1"}
+CHILD = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from defect_detection.service.jobs import Reporter
+reporter = Reporter(dict(os.environ))
+reporter.progress(0, 4, "run-1")
+print("started with", *sys.argv[1:], flush=True)
+while not Path("go").exists():
+    time.sleep(0.01)
+if Path("go").read_text() == "fail":
+    sys.exit("error: it went wrong")
+reporter.progress(4, 4, "run-1")
+reporter.result("Testing_Reg", 2, 0.55)
+"""
+
+
+def make(tmp_path: Path, token: str | None = None):
+    """Make a client of an application whose jobs end at once."""
+    jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
+    app = create_app(jobs, f"sqlite:///{tmp_path}/mlflow.db", "Production_Reg", token)
+    return app.test_client()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{", "The body: "),
+        ("[]", "The body: "),
+        ('{"epoch": 3}', "epoch is not a known key, expected one of: epochs, batch_size, learn"),
+        ('{"epochs": "3"}', 'epochs is "3", expected a whole number, at least 1'),
+        ('{"epochs": 0}', "epochs is 0, expected a whole number, at least 1"),
+        ('{"epochs": 1e9}', "at most 1000"),
+        ('{"batch_size": 1.5}', "batch_size is 1.5, expected a whole number"),
+        ('{"learning_rate": -1}', "learning_rate is -1, expected a number, more than 0"),
+        ('{"learning_rate": NaN}', "The body: "),
+    ],
+)
+def test_wrong_body_is_400_with_what_is_expected(tmp_path, body, message):
+    answer = make(tmp_path).post("/retrain", data=body, environ_base=LOCAL)
+    assert answer.status_code == 400
+    assert message in answer.json["message"]
+    assert answer.json["status"] == 400
+    assert str(ROOT) not in answer.text
+    assert not list((tmp_path / "jobs").glob("*/job.json"))
+
+
+def test_health_names_the_version_in_production_also_without_an_accuracy(tmp_path, monkeypatch):
+    client = make(tmp_path)
+    assert client.get("/health").json["production"] is None
+    for acc, expected in ((0.9, 0.9), (float("nan"), None)):
+        version = versions.Version("Production_Reg", 3, acc)
+        monkeypatch.setattr(versions, "in_production", lambda *_, found=version: found)
+        assert client.get("/health").json["production"] == {
+            "registry": "Production_Reg",
+            "version": 3,
+            "acc": expected,
+        }
+
+
+def test_large_body_is_413(tmp_path):
+    answer = make(tmp_path).post("/retrain", data=" " * 20_000, environ_base=LOCAL)
+    assert (answer.status_code, answer.json["status"]) == (413, 413)
+
+
+@pytest.mark.parametrize("method", ["post", "delete"])
+@pytest.mark.parametrize("forwarded", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
+def test_without_a_token_changes_from_other_machines_are_403(tmp_path, method, forwarded):
+    path = "/retrain" if method == "post" else "/retrain/1"
+    headers = {forwarded: "for=127.0.0.1" if forwarded == "Forwarded" else "127.0.0.1"}
+    answer = getattr(make(tmp_path), method)(
+        path, headers=headers, environ_base={"REMOTE_ADDR": "192.168.0.7"}
+    )
+    assert answer.status_code == 403
+    assert "from this machine only" in answer.json["message"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+def test_without_a_token_changes_from_this_machine_are_taken(tmp_path, address):
+    answer = make(tmp_path).post("/retrain", environ_base={"REMOTE_ADDR": address})
+    assert answer.status_code == 202
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://elsewhere.example"}, {"Host": "rebound.example:5001"}]
+)
+def test_pages_of_other_sites_cannot_change_anything_through_a_local_browser(tmp_path, headers):
+    answer = make(tmp_path).post("/retrain", headers=headers, environ_base=LOCAL)
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer ", "secret", "Basic secret", "é"])
+def test_with_a_token_changes_need_it_from_everywhere(tmp_path, given):
+    headers = {} if given is None else {"Authorization": given}
+    answer = make(tmp_path, "secret").post("/retrain", headers=headers, environ_base=LOCAL)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_with_the_token_changes_are_taken_from_everywhere(tmp_path):
+    answer = make(tmp_path, "secret").post(
+        "/retrain",
+        headers={"Authorization": "Bearer secret"},
+        environ_base={"REMOTE_ADDR": "192.168.0.7"},
+    )
+    assert answer.status_code == 202
+
+
+def test_looking_needs_no_token(tmp_path):
+    client = make(tmp_path, "secret")
+    assert client.get("/retrain", environ_base={"REMOTE_ADDR": "192.168.0.7"}).json == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("get", "/none", 404), ("put", "/retrain", 405), ("get", "/retrain/none", 404)]
+    + [("get", "/retrain/none/log", 404), ("delete", "/retrain/none", 404)],
+)
+def test_errors_are_json_with_status_and_message(tmp_path, method, path, status):
+    answer = getattr(make(tmp_path), method)(path, environ_base=LOCAL)
+    assert answer.status_code == answer.json["status"] == status
+    assert answer.json["message"]
+
+
+def test_failure_inside_tells_nothing_of_the_inside(tmp_path, monkeypatch):
+    client = make(tmp_path)
+    monkeypatch.setattr(Jobs, "all", lambda self: 1 / 0)
+    answer = client.get("/retrain", environ_base=LOCAL)
+    assert answer.status_code == 500
+    assert set(answer.json) == {"status", "message"}
+    assert "division" not in answer.text and "/" not in answer.json["message"]
+
+
+def test_health_tells_of_a_store_that_cannot_be_reached(tmp_path):
+    jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
+    app = create_app(jobs, f"http://127.0.0.1:{free_port()}", "Production_Reg", None)
+    answer = app.test_client().get("/health")
+    assert answer.json["store"] == "unreachable"
+    assert answer.json["production"] is None
+
+
+class Waiting(Server):
+    """A server whose jobs wait for the file `go`."""
+
+    def go(self, how: str = "succeed") -> None:
+        (self.project.root / "go.new").write_text(how)
+        (self.project.root / "go.new").rename(self.project.root / "go")
+
+
+@pytest.fixture
+def server(project, tmp_path):
+    (project.root / "re_train" / "re_train.py").write_text(CHILD)
+    running = Waiting(project, tmp_path / "api.log")
+    running.start()
+    yield running
+    for job in running.call("GET", "/retrain")[1]:
+        running.call("DELETE", f"/retrain/{job['id']}")
+    running.process.terminate()
+    running.process.wait(20)
+
+
+def test_job_from_start_to_end(server):
+    status, job, headers = server.call("POST", "/retrain", {"epochs": 4})
+    assert (status, job["state"]) == (202, "running")
+    assert headers["Location"] == f"/retrain/{job['id']}"
+    status, refused, headers = server.call("POST", "/retrain")
+    assert (status, refused["job"]["id"]) == (409, job["id"])
+    assert headers["Location"] == f"/retrain/{job['id']}"
+    assert job["id"] in refused["message"]
+    assert server.call("GET", "/health")[1]["job"] == job["id"]
+    wait_for(lambda: server.call("GET", f"/retrain/{job['id']}")[1]["progress"])
+    server.go()
+    wait_for(lambda: server.state(job["id"]) == "succeeded")
+    ended = server.call("GET", headers["Location"])[1]
+    assert ended["progress"] == {"epoch": 4, "epochs": 4}
+    assert ended["result"] == {"registry": "Testing_Reg", "version": 2, "acc": 0.55}
+    assert ended["run_id"] == "run-1"
+    assert server.call("GET", ended["log"])[1] == "started with --epochs=4\n"
+    assert [one["id"] for one in server.call("GET", "/retrain")[1]] == [job["id"]]
+    wait_for(lambda: server.call("GET", "/health")[1]["job"] is None)
+
+
+def test_waiting_call_answers_when_the_job_has_ended(server):
+    server.go()
+    status, job, _ = server.call("POST", "/retrain?wait=true")
+    assert (status, job["state"]) == (200, "succeeded")
+    server.go("fail")
+    status, job, _ = server.call("POST", "/retrain?wait=true")
+    assert (status, job["state"]) == (500, "failed")
+    assert job["message"].endswith("error: it went wrong")
+
+
+def test_of_twenty_simultaneous_posts_exactly_one_starts_a_job(server):
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: server.call("POST", "/retrain"), range(20)))
+    assert sorted(status for status, _, _ in answers) == [202] + [409] * 19
+    assert len(server.call("GET", "/retrain")[1]) == 1
+
+
+def test_killed_api_knows_the_running_job_after_its_restart(server):
+    job = server.call("POST", "/retrain")[1]
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    server.start()
+    assert server.state(job["id"]) == "running"
+    assert server.call("POST", "/retrain")[0] == 409
+    server.go()
+    wait_for(lambda: server.state(job["id"]) == "succeeded")
+
+
+def test_job_that_died_while_the_api_was_away_is_failed(server):
+    job = server.call("POST", "/retrain")[1]
+    wait_for(lambda: "started" in server.call("GET", job["log"])[1])
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    os.kill(server.pid_of(job["id"]), signal.SIGKILL)
+    server.start()
+    ended = server.call("GET", f"/retrain/{job['id']}")[1]
+    assert ended["state"] == "failed"
+    assert ended["message"] == "started with"
+    assert server.call("POST", "/retrain")[0] == 202
+
+
+def test_killed_child_is_failed(server):
+    job = server.call("POST", "/retrain")[1]
+    os.kill(server.pid_of(job["id"]), signal.SIGKILL)
+    wait_for(lambda: server.state(job["id"]) == "failed")
+
+
+def test_cancelled_job_leaves_no_process(server):
+    job = server.call("POST", "/retrain")[1]
+    pid = server.pid_of(job["id"])
+    status, cancelled, _ = server.call("DELETE", f"/retrain/{job['id']}")
+    assert (status, cancelled["state"]) == (200, "cancelled")
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() and _is_gone(pid))
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_post_answers_before_the_job_ends(server):
+    _, job, _ = server.call("POST", "/retrain")
+    for _ in range(10):
+        status, answer, _ = server.call("POST", "/retrain")
+        assert (status, answer["job"]["id"]) == (409, job["id"])
+    assert server.state(job["id"]) == "running"
+
+
+def test_port_that_is_taken_is_one_line(server):
+    done = server.project.run("api.py", "--port", server.port, "--host", "127.0.0.1")
+    assert done.returncode == 1
+    assert f"error: 127.0.0.1:{server.port} cannot be served" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,83 @@
+"""Whole writes."""
+
+import os
+
+import pytest
+
+from defect_detection import PipelineError, atomic
+from defect_detection.atomic import replace_atomically, require_writable
+
+
+def test_file_is_there_only_when_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "file"
+    with replace_atomically(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+
+
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replace_atomically(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_old_file_is_replaced_not_overwritten(tmp_path):
+    target, reader = tmp_path / "file", tmp_path / "opened before"
+    target.write_text("old")
+    os.link(target, reader)
+    with replace_atomically(target) as temporary:
+        temporary.write_text("new")
+    assert (target.read_text(), reader.read_text()) == ("new", "old")
+
+
+def test_new_file_gets_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replace_atomically(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PipelineError, match="file/.writable: cannot be written"):
+        require_writable(tmp_path / "file")
+
+
+def test_writable_folder_is_left_as_it_was(tmp_path):
+    require_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_mapping_comes_back_as_it_was_written(tmp_path):
+    rows = {"train/ok_front/a, b.jpeg": "7", 'with "quotes".png': "8"}
+    atomic.write_mapping(tmp_path / "a.csv", "path", "photo", rows)
+    assert atomic.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
+    with_mark = b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes()  # as Excel writes it
+    (tmp_path / "a.csv").write_bytes(with_mark)
+    assert atomic.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "must name the columns path,photo"),
+        ("path;photo\na;1\n", "must name the columns path,photo"),
+        ("path,photo\na,\n", "line 2: path or photo is empty"),
+        ("path,photo\na\n", "line 2: path or photo is empty"),
+        ("path,photo\na,1\na,2\n", "line 3: a has two values"),
+        ("path,photo\n\xff,1\n", "cannot be read"),
+    ],
+)
+def test_mapping_that_is_none_is_one_line(tmp_path, content, expected):
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(PipelineError, match=expected) as raised:
+        atomic.read_mapping(tmp_path / "a.csv", "path", "photo")
+    assert str(tmp_path / "a.csv") in str(raised.value)

@@ -1,0 +1,196 @@
+"""Features of images and their variants, computed once."""
+
+import logging
+import os
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conftest import draw_part, drawn_dataset, former_cnn, small_cnn
+from defect_detection import PipelineError
+from defect_detection.dataset.split import Dataset
+from defect_detection.settings import Sampling
+from defect_detection.training import features, network
+
+SIZE = (32, 32)
+PHOTOGRAPHS = np.array([0] * 20 + [1] * 2 + [2] * 8 + [3] * 10)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    rng = np.random.default_rng(0)
+    labels = (PHOTOGRAPHS < 2).astype(np.uint8)
+    drawn = [np.asarray(draw_part(rng, defect == 1, side=32)) for defect in labels]
+    return drawn_dataset(np.stack(drawn), labels, PHOTOGRAPHS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_cnn(SIZE)
+
+
+def test_each_photograph_of_a_class_has_as_many_variants(pictures, model, tmp_path):
+    found = features.compute(model, pictures, Sampling(200, 0, tmp_path))
+    assert len(found) == 40 + 200
+    assert sorted(found.images[~found.varied]) == list(range(40))
+    own = pictures.labels[found.images] == found.labels
+    for photograph, of_class in ((0, 80), (1, 80), (2, 80), (3, 80)):
+        count = (found.varied & own & (found.photographs == photograph)).sum()
+        assert count == of_class / 2
+    blemished = found.varied & ~own
+    assert blemished.sum() == 40 and (found.labels[blemished] == 1).all()
+    assert set(found.photographs[blemished]) == {2, 3}
+
+
+def test_pictures_as_they_are_are_a_sample_with_many_photographs(pictures, model, monkeypatch):
+    monkeypatch.setattr(features, "MOST_PLAIN", 6)
+    planned = features._plan(pictures.labels, PHOTOGRAPHS, 100, 0)
+    plain = PHOTOGRAPHS[planned.images[~planned.varied]]
+    assert np.bincount(plain).tolist() == [4, 2, 3, 3]
+    assert len(set(planned.images[~planned.varied])) == 12
+
+
+def test_features_are_what_the_pretrained_layers_give(pictures, model, tmp_path):
+    found = features.compute(model, pictures, Sampling(20, 0, tmp_path))
+    plain = np.flatnonzero(~found.varied)
+    expected = network.frozen(model)(pictures.images[found.images[plain]].astype("f")).numpy()
+    np.testing.assert_allclose(found.take(plain), expected, atol=0.05, rtol=1e-3)
+
+
+def test_of_a_model_without_pretrained_layers_the_variants_are_kept(pictures, tmp_path):
+    found = features.compute(former_cnn(SIZE), pictures, Sampling(20, 0, tmp_path))
+    plain = np.flatnonzero(~found.varied)
+    np.testing.assert_array_equal(found.take(plain), pictures.images[found.images[plain]])
+    varied = found.take(np.flatnonzero(found.varied))
+    assert varied.shape[1:] == (*SIZE, 1) and varied.min() >= 0 and varied.max() <= 255
+
+
+def test_computed_once_and_found_again(pictures, model, tmp_path, monkeypatch):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, sampling)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_batches", lambda *_: pytest.fail("computed again"))
+        again = features.compute(small_cnn(SIZE), pictures, sampling)
+    assert again.path == first.path
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+CHANGES = ["pictures", "photographs", "weights", "layers", "preprocessing", "seed", "variants"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, change):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, sampling).path
+    data = pictures
+    if change == "pictures":
+        data = replace(pictures, digest="others")
+    elif change == "photographs":
+        data = replace(pictures, photographs=np.arange(40))
+    elif change == "weights":
+        model = small_cnn(SIZE)
+        kernel, bias = model.get_layer("pretrained").get_layer("stem").get_weights()
+        model.get_layer("pretrained").get_layer("stem").set_weights([kernel * 1.01, bias])
+    elif change == "layers":  # other features of the same weights and shape
+        monkeypatch.setattr(network.layers, "MaxPooling2D", network.layers.AveragePooling2D)
+        model = small_cnn(SIZE)
+        monkeypatch.undo()
+    elif change == "preprocessing":
+        monkeypatch.setattr(features, "PREPROCESSING", "another")
+    else:
+        sampling = replace(sampling, **{change: 30})
+    assert features.compute(model, data, sampling).path != first
+
+
+def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, monkeypatch):
+    sampling = Sampling(200, 0, tmp_path / "whole")
+    whole = features.compute(model, pictures, sampling)
+    sampling = replace(sampling, cache=tmp_path / "cut")
+    batches, begun_at = features._batches, []
+
+    def cut(layers, data, planned, seed, begun):
+        begun_at.append(begun)
+        for number, batch in enumerate(batches(layers, data, planned, seed, begun)):
+            if number == 3 and len(begun_at) == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(features, "_batches", cut)
+    with pytest.raises(KeyboardInterrupt):
+        features.compute(model, pictures, sampling)
+    (part,) = (tmp_path / "cut").iterdir()
+    with part.open("ab") as file:
+        file.write(b"half a row")
+    found = features.compute(model, pictures, sampling)
+    assert begun_at == [0, 3 * features.BATCH]
+    every = np.arange(len(whole))
+    # Not bit by bit: how TensorFlow divides a sum among threads may depend on how busy they are.
+    np.testing.assert_allclose(found.take(every), whole.take(every), rtol=2e-3, atol=2e-3)
+
+
+def test_file_that_lost_its_end_is_computed_again(pictures, model, tmp_path):
+    sampling = Sampling(20, 0, tmp_path)
+    first = features.compute(model, pictures, sampling)
+    whole = first.take(np.arange(len(first)))
+    first.path.write_bytes(first.path.read_bytes()[:-100])
+    again = features.compute(model, pictures, sampling)
+    np.testing.assert_allclose(again.take(np.arange(len(again))), whole, rtol=2e-3, atol=2e-3)
+
+
+def test_disk_without_room_is_one_line_before_the_work(pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_batches", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
+    with pytest.raises(PipelineError, match=r"take 0\.\d GB, and 0\.0 GB are free. Make room, or"):
+        features.compute(model, pictures, Sampling(2000, 0, tmp_path))
+
+
+def test_variants_of_a_photograph_do_not_keep_a_place(pictures):
+    """The fill beyond the edge goes by the place in a batch, and must not tell the photograph."""
+    photographs = np.arange(40) % 32  # as many as two batches hold
+    planned = features._plan(np.repeat([0, 1], [32, 8]).astype(np.uint8), photographs, 640, 0)
+    places = np.flatnonzero(planned.varied)[photographs[planned.images[planned.varied]] == 3]
+    assert len(set(places % features.BATCH)) > 4
+
+
+def test_progress_is_told(pictures, model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(features, "LOG_EVERY", 0)
+    with caplog.at_level(logging.INFO):
+        features.compute(model, pictures, Sampling(100, 0, tmp_path))
+    assert "Features of images: 64 of 140, " in caplog.text
+    assert "Features of pictures: 140 of 140, 0 s to go" in caplog.text
+
+
+def test_old_files_are_deleted(pictures, model, tmp_path):
+    for seed in range(features.FILES_KEPT + 2):
+        last = features.compute(model, pictures, Sampling(10, seed, tmp_path))
+    assert len(list(tmp_path.iterdir())) == features.FILES_KEPT
+    assert last.path.exists()
+
+
+def test_what_was_interrupted_is_kept_for_a_day(pictures, model, tmp_path):
+    for name, hours in (("new", 1), ("old", 25)):
+        (tmp_path / f"features-{name}.part").touch()
+        then = time.time() - hours * 3600
+        os.utime(tmp_path / f"features-{name}.part", (then, then))
+    features.compute(model, pictures, Sampling(10, 0, tmp_path))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["features-new.part"]
+
+
+def test_cache_that_cannot_be_written_is_one_line(pictures, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match=r"cannot be written \(Not a directory\)"):
+        features.compute(model, pictures, Sampling(10, 0, tmp_path / "file" / "x"))
+
+
+def test_features_of_some_of_the_pictures(pictures, model, tmp_path):
+    found = features.compute(model, pictures, Sampling(100, 0, tmp_path))
+    some = found.among(np.arange(20, 30))
+    assert set(some.images) == set(range(20, 30))
+    assert set(some.photographs) == {1, 2}
+    row = np.flatnonzero(some.images == 25)[:1]
+    np.testing.assert_array_equal(
+        some.take(row), found.take(np.flatnonzero(found.images == 25)[:1])
+    )
