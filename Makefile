@@ -1,14 +1,15 @@
-# make setup                    install into .venv, which the others do too
+# make setup                    install into .venv; all others do this first
 # make pipeline [DATA=folder]   train, evaluate and infer
-# make test                     the tests
-# make sample                   draw the synthetic pictures in data/
-# make lint                     style of the code
-# make bench                    what README says, measured: about an hour
+# make test                     the tests, ten minutes on two cores
+# make test-fast                those that need no fit and no server, under a minute
+# make sample                   draw the synthetic images in data/
+# make lint                     style and types of the code
+# make bench                    the figures of the documentation, about an hour
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: setup pipeline test sample lint bench
+.PHONY: setup pipeline test test-fast sample lint bench
 
 setup: .venv/.installed
 
@@ -23,12 +24,16 @@ endif
 test: .venv/.installed
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
+test-fast: .venv/.installed
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+
 sample: .venv/.installed
 	$(PYTHON) data/sample.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
