@@ -39,7 +39,7 @@ class Mistake:
         others: how many more images of the photograph are wrong in the same way.
         review: whether it is in the review band.
         leaked: whether its photograph is in training.
-        picture: the image, as a data URI.
+        image: as a data URI.
         heatmap: the image with the evidence of a defect drawn over it, as a data URI.
     """
 
@@ -48,7 +48,7 @@ class Mistake:
     others: int
     review: bool
     leaked: bool
-    picture: str
+    image: str
     heatmap: str
 
 
@@ -167,16 +167,16 @@ def _worst(evaluation: Evaluation, rows: np.ndarray) -> list[Mistake]:
                 others=int((photographs == photographs[place]).sum()) - 1,
                 review=bool(point.needs_review(probabilities[row])),
                 leaked=bool(leaked[row]),
-                picture=_data_uri(Image.fromarray(image)),
+                image=_data_uri(Image.fromarray(image)),
                 heatmap=_data_uri(heatmap.draw(image, evaluation.maps[row])),
             )
         )
     return found
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
+    image.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -42,42 +42,42 @@ class Repeatability:
     flipped_past_review: Rate
 
 
-def _lit(picture: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.convertScaleAbs(picture, alpha=factor)
+def _lit(image: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.convertScaleAbs(image, alpha=factor)
 
 
-def _noisy(picture: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
-    noise = rng.normal(0, deviation, picture.shape)
-    return np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8)
+def _noisy(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.normal(0, deviation, image.shape)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
 
 
-def _moved(picture: np.ndarray, degrees: float, shift: tuple[float, float]) -> np.ndarray:
-    height, width = picture.shape
+def _moved(image: np.ndarray, degrees: float, shift: tuple[float, float]) -> np.ndarray:
+    height, width = image.shape
     turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1)
     turn[:, 2] += shift
-    return cv2.warpAffine(picture, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
+    return cv2.warpAffine(image, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
 
 
-def _recompressed(picture: np.ndarray, quality: int) -> np.ndarray:
-    _, encoded = cv2.imencode(".jpeg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
+def _recompressed(image: np.ndarray, quality: int) -> np.ndarray:
+    _, encoded = cv2.imencode(".jpeg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
 
 
-def _slightly(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _slightly(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Vary an image as shots vary: 3 % of light, 1 pixel, 1 degree, 1 grey level of noise."""
-    moved = _moved(picture, rng.uniform(-1, 1), tuple(rng.uniform(-1, 1, 2)))
+    moved = _moved(image, rng.uniform(-1, 1), tuple(rng.uniform(-1, 1, 2)))
     return _noisy(_lit(moved, rng.uniform(0.97, 1.03)), 1, rng)
 
 
 # Of images at the model's size.
 DISTURBANCES: dict[str, Disturb] = {
-    "as they are": lambda picture, rng: picture,
-    "darker: 70% of the light": lambda picture, rng: _lit(picture, 0.7),
-    "brighter: 130% of the light": lambda picture, rng: _lit(picture, 1.3),
-    "blurred: Gaussian, 1 pixel": lambda picture, rng: cv2.GaussianBlur(picture, (0, 0), 1),
-    "noisier: 8 grey levels": lambda picture, rng: _noisy(picture, 8, rng),
-    "rotated: 10 degrees": lambda picture, rng: _moved(picture, 10, (0, 0)),
-    "recompressed: JPEG quality 30": lambda picture, rng: _recompressed(picture, 30),
+    "as they are": lambda image, rng: image,
+    "darker: 70% of the light": lambda image, rng: _lit(image, 0.7),
+    "brighter: 130% of the light": lambda image, rng: _lit(image, 1.3),
+    "blurred: Gaussian, 1 pixel": lambda image, rng: cv2.GaussianBlur(image, (0, 0), 1),
+    "noisier: 8 grey levels": lambda image, rng: _noisy(image, 8, rng),
+    "rotated: 10 degrees": lambda image, rng: _moved(image, 10, (0, 0)),
+    "recompressed: JPEG quality 30": lambda image, rng: _recompressed(image, 30),
 }
 
 
