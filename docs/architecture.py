@@ -45,7 +45,7 @@ def imports() -> dict[str, list[str]]:
 def level(module: str) -> int:
     """Return the place of a module's package in the order, -1 for modules beside the packages.
 
-    `pyfunc` is an entry point, by which MLflow loads versions from before there were packages.
+    `pyfunc` is an entry point, by which MLflow loads versions.
     """
     package = module.split(".")[0]
     if package == "pyfunc":

@@ -91,7 +91,7 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
             record.dataset(split.training, "training")
             record.leakage(split)
             record.plan(planned, split.training, set=planned.name)
-            fitted = fit.fit(planned, split.training, partial(report_epoch, planned))
+            fitted = fit.fit(planned, split.training, record.device, partial(report_epoch, planned))
             trained.append(record.fit(fitted, example))
     return trained
 
@@ -113,7 +113,7 @@ def cross_validate_sets(
         with mlflow.start_run(experiment_id=experiment, run_name=name):
             record.dataset(split.training, "training")
             record.plan(planned, split.training, set=planned.name, folds=folds)
-            scored = fit.cross_validate(planned, split.training, folds, report_fold)
+            scored = fit.cross_validate(planned, split.training, folds, record.device, report_fold)
             record.folds(scored)
         validated[planned.name] = scored
     return validated

@@ -1,4 +1,4 @@
-"""The loader module that versions registered before `runtime` existed name in their MLmodel."""
+"""The module by which MLflow loads versions of all times, named in each MLmodel."""
 
 from defect_detection.runtime.pyfunc import _load_pyfunc
 

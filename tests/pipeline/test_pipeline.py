@@ -133,7 +133,7 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
     for row, line in zip(rows, printed, strict=True):
         probability = float(row["probability"])
         assert (probability >= point.threshold) == (row["verdict"] == "defect")
-        assert (row["review"] == "yes") == point.review(probability)
+        assert (row["review"] == "yes") == point.needs_review(probability)
         assert line.split()[:2] == [row["path"], row["verdict"]]
         assert line.endswith("review") == (row["review"] == "yes")
     listed = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

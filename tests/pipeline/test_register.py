@@ -16,7 +16,7 @@ from defect_detection.evaluation.result import Evaluation, Registration, evaluat
 from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.champions import Champions
-from defect_detection.pipeline.register import Rules, register
+from defect_detection.pipeline.register import Rules, move_alias, register
 from defect_detection.registry import saved_model, versions
 from defect_detection.registry import store as stores
 from defect_detection.runtime.decision import DEFAULT_OPERATING_POINT
@@ -70,8 +70,10 @@ class Line:
             trained = BestModel(run.info.run_id, logged.model_uri, 0.75, "digest", "now")
             model, evaluated = self.judged(right)
             rules = Rules(self.names, rule, "tester")
-            done, compared = register(trained, evaluated, Champions(self.split), rules)
-            record.registration(done, compared)
+            champions = Champions(self.split)
+            version, decision = register(trained, evaluated, champions, rules)
+            record.version(version, decision.compared(), decision.comparison)
+            done = move_alias(version, decision, evaluated, champions, rules)
         self.models[done.version.uri] = model
         self.run = mlflow.get_run(run.info.run_id)
         return done

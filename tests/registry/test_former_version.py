@@ -96,3 +96,17 @@ def test_its_keras_model_can_be_trained_further(registered):
 def test_its_folder_serves_without_a_registry(kept, parts, verdicts):
     found = Classifier.load(kept / "model").classify(parts[0])
     assert found.verdict == verdicts[0]["verdict"]
+
+
+@pytest.mark.parametrize("former_first", [True, False])
+def test_one_process_loads_it_and_a_new_version(kept, model_folder, tmp_path, former_first):
+    """Where the project is not installed, the code of the first one loaded serves both."""
+    folders = [str(kept / "model"), str(model_folder)]
+    program = (
+        "import mlflow, sys\n"
+        "for folder in sys.argv[1:]:\n"
+        "    print(type(mlflow.pyfunc.load_model(folder)).__name__)"
+    )
+    command = [sys.executable, "-c", program, *(folders if former_first else folders[::-1])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["PyFuncModel", "PyFuncModel"], done.stderr

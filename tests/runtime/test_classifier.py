@@ -7,7 +7,7 @@ import pytest
 
 from conftest import draw_part, encoded, small_cnn
 from defect_detection import PipelineError
-from defect_detection.runtime import preprocessing
+from defect_detection.runtime import classifier, preprocessing
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import OperatingPoint
 from defect_detection.runtime.model_files import ServedModel
@@ -43,6 +43,17 @@ def test_damaged_model_is_refused_in_one_line(tmp_path, content):
 @pytest.fixture(scope="module")
 def litert() -> bytes:
     return network.to_litert(small_cnn(SIZE))
+
+
+def test_model_with_other_outputs_is_refused_in_one_line(tmp_path, litert, monkeypatch):
+    """As the first versions had them."""
+    described = "flavors: {litert: {data: model.tflite, image_size: [32, 32]}}"
+    (tmp_path / "MLmodel").write_text(described)
+    (tmp_path / "model.tflite").write_bytes(litert)
+    assert Classifier.load(tmp_path)
+    monkeypatch.setattr(classifier, "PROBABILITY", "another")
+    with pytest.raises(PipelineError, match="holds no model that this version can serve"):
+        Classifier.load(tmp_path)
 
 
 @pytest.fixture(scope="module")

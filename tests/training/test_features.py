@@ -160,7 +160,7 @@ def test_progress_is_told(pictures, model, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         features.compute(model, pictures, Sampling(100, 0, tmp_path))
     assert "Features of images: 64 of 140, " in caplog.text
-    assert "Features of pictures: 140 of 140, 0 s to go" in caplog.text
+    assert "Features of images: 140 of 140, 0 s to go" in caplog.text
 
 
 def test_old_files_are_deleted(pictures, model, tmp_path):

@@ -128,9 +128,10 @@ def load(folder: DataFolder, image_size: tuple[int, int]) -> Split:
     if folder.split_file.exists():
         counted = ", ".join(f"{len(files[side])} in {side}" for side in SIDES)
         log.info("Following %s: %s. Delete it to use the folders", folder.split_file, counted)
-    training, testing = read(folder, files, image_size)
-    for one in (training, testing):
-        _require_readable(one)
+    every = {side: decoded.decode(folder, files[side], side, image_size) for side in SIDES}
+    for side, one in every.items():
+        _require_readable(folder, side, one)
+    training, testing = _datasets(folder, every)
     return Split(training, testing)
 
 
@@ -150,20 +151,27 @@ def read(
     Raises:
         PipelineError: `groups.csv` lacks an image.
     """
-    every = [decoded.decode(folder, paths, side, image_size) for side, paths in files.items()]
+    return _datasets(
+        folder, {s: decoded.decode(folder, paths, s, image_size) for s, paths in files.items()}
+    )
+
+
+def _datasets(folder: DataFolder, every: dict[str, Decoded]) -> list[Dataset]:
+    """Find the photographs of decoded images; return a data set for each side."""
+    photographs_of = _photographs(folder, list(every.values()))
     return [
         Dataset(
             folder=folder,
             side=side,
             images=one.images,
-            labels=np.array([Path(path).parent.name == POSITIVE for path in one.paths], np.uint8),
+            labels=_labels(one.paths),
             paths=one.paths,
             contents=one.contents,
             photographs=photographs,
             digest=one.digest,
             skipped=one.skipped,
         )
-        for side, one, photographs in zip(files, every, _photographs(folder, every), strict=True)
+        for (side, one), photographs in zip(every.items(), photographs_of, strict=True)
     ]
 
 
@@ -217,20 +225,26 @@ def _numbered(names: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def _require_readable(data: Dataset) -> None:
-    """Log each unreadable image, and refuse data sets with too many of them or without a class."""
-    total = len(data) + len(data.skipped)
-    where = f"{data.side} of {data.folder.split_file}" if data.folder.split_file.exists() else data
-    for path, why in data.skipped:
+def _labels(paths: Iterable[str]) -> np.ndarray:
+    return np.array([Path(path).parent.name == POSITIVE for path in paths], np.uint8)
+
+
+def _require_readable(folder: DataFolder, side: str, one: Decoded) -> None:
+    """Log each unreadable image, and refuse sides with too many of them or without a class."""
+    total = len(one.paths) + len(one.skipped)
+    where = str(folder.path / side)
+    if folder.split_file.exists():
+        where = f"{side} of {folder.split_file}"
+    for path, why in one.skipped:
         log.warning("%s %s: skipped", path, why)
-    if len(data.skipped) > LARGEST_UNREADABLE_SHARE * total:
-        path, why = data.skipped[0]
+    if len(one.skipped) > LARGEST_UNREADABLE_SHARE * total:
+        path, why = one.skipped[0]
         raise PipelineError(
-            f"{where}: {len(data.skipped)} of {total} cannot be read, more than "
+            f"{where}: {len(one.skipped)} of {total} cannot be read, more than "
             f"{LARGEST_UNREADABLE_SHARE:.0%}. Replace or delete them ({path} {why})"
         )
-    if data.skipped:
-        log.warning("%s: %d of %d skipped", where, len(data.skipped), total)
-    for name, count in data.counts.items():
-        if not count:
-            raise PipelineError(f"{data.folder.path / data.side / name} holds no readable image")
+    if one.skipped:
+        log.warning("%s: %d of %d skipped", where, len(one.skipped), total)
+    for name in CLASSES:
+        if not any(Path(path).parent.name == name for path in one.paths):
+            raise PipelineError(f"{folder.path / side / name} holds no readable image")

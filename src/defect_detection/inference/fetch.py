@@ -50,7 +50,8 @@ def fetch(source: Source) -> LocalVersion:
         if version is None:
             raise PipelineError(
                 f"No version of {source.name} has the alias {versions.PRODUCTION_ALIAS}. Run "
-                f"'python src/train.py', then 'python src/evaluation.py'"
+                f"'python src/train.py', then 'python src/evaluation.py'; the test accuracy must "
+                f"reach evaluation_threshold of src/config.yaml"
             )
         # Other stores count versions from 1 too, but no two versions have the same source.
         folder = source.models / f"{version.name}-{version.number}-{short_hash(version.source)}"

@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,14 @@ class Production:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._child = child
         assert child.stdin is not None
         # Not on the command line, which every user of the machine can read: a URI may hold a
         # password.
-        json.dump(vars(self._source), child.stdin)
-        child.stdin.close()
+        with suppress(BrokenPipeError):  # a child that has died gives no answer
+            child.stdin.write(json.dumps(vars(self._source)))
+            child.stdin.close()
         child.stdin = None  # else `communicate` would flush it
-        self._child = child
 
     def _answer(self) -> LocalVersion:
         answer = self._read_answer()

@@ -67,7 +67,8 @@ def items(named: list[str], files_from: str | None) -> Iterator[Item]:
     paths = expand([name for name in named if name != "-"])
     if files_from == "-":
         # Names of files need not be UTF-8.
-        lines = open(sys.stdin.fileno(), errors="surrogateescape", closefd=False)
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        lines: Iterable[str] = sys.stdin
         paths = itertools.chain(paths, listed(lines))
     elif files_from:
         # Closed when the process ends.

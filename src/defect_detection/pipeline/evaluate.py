@@ -11,7 +11,7 @@ from defect_detection.evaluation.report import Origin
 from defect_detection.evaluation.result import Evaluation, evaluate
 from defect_detection.pipeline import record, tell
 from defect_detection.pipeline.champions import Champions
-from defect_detection.pipeline.register import LoggedModel, Rules, register
+from defect_detection.pipeline.register import LoggedModel, Rules, move_alias, register
 from defect_detection.registry import saved_model
 from defect_detection.registry.versions import Version
 from defect_detection.runtime.classifier import Classifier
@@ -51,9 +51,13 @@ def evaluate_and_register(
     record.evaluation(evaluation, plan.prefix)
     tell.evaluation(evaluation)
     _require_parity(model, classifier, evaluation)
-    done, compared = register(model, evaluation, Champions(split), plan.rules)
-    record.registration(done, compared)
-    tell.registration(done, compared)
+    champions = Champions(split)
+    version, decision = register(model, evaluation, champions, plan.rules)
+    record.version(version, decision.compared(), decision.comparison)
+    tell.comparison(decision.compared())
+    done = move_alias(version, decision, evaluation, champions, plan.rules)
+    record.decision(done.decision)
+    tell.decision(done.decision)
     page = report.html(
         evaluation,
         done,

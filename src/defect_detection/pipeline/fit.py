@@ -57,21 +57,25 @@ class Fit:
         plan: how it was made.
         result: the Keras model, its history and what it says about held-out photographs.
         served: its LiteRT form with the operating point and out-of-distribution limits.
-        device: where it was fitted.
     """
 
     plan: FitPlan
     result: "TrainingResult"
     served: ServedModel
-    device: "Device"
 
 
-def fit(plan: FitPlan, data: Dataset, on_epoch: Callable[[int, dict[str, float]], None]) -> Fit:
+def fit(
+    plan: FitPlan,
+    data: Dataset,
+    on_device: "Callable[[Device], None]",
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> Fit:
     """Fit a model to images, choose its operating point and convert it to LiteRT.
 
     Args:
         plan: how.
         data: the images.
+        on_device: is called with the device before the fit.
         on_epoch: is called after each epoch with its number, from 1, and its metrics.
 
     Raises:
@@ -82,6 +86,7 @@ def fit(plan: FitPlan, data: Dataset, on_epoch: Callable[[int, dict[str, float]]
 
     _require_photographs(plan, data.labels, data.photographs)
     with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
+        on_device(device)
         fitting.make_deterministic(plan.parameters.seed)
         model = plan.make_model()
         computed = features.compute(model, data, plan.sampling)
@@ -99,7 +104,7 @@ def fit(plan: FitPlan, data: Dataset, on_epoch: Callable[[int, dict[str, float]]
         ood=OodDetector.fit(data.images),
         quantize=plan.quantize,
     )
-    return Fit(plan, result, served, device)
+    return Fit(plan, result, served)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,11 @@ class Fold:
 
 
 def cross_validate(
-    plan: FitPlan, data: Dataset, folds: int, on_fold: Callable[[Fold], None]
+    plan: FitPlan,
+    data: Dataset,
+    folds: int,
+    on_device: "Callable[[Device], None]",
+    on_fold: Callable[[Fold], None],
 ) -> list[Fold]:
     """Fit a model for each fold of the images and score it on the fold.
 
@@ -131,6 +140,7 @@ def cross_validate(
         plan: how each model is made.
         data: the images.
         folds: how many.
+        on_device: is called with the device before the fits.
         on_fold: is called with each fold when it is scored.
 
     Raises:
@@ -143,7 +153,8 @@ def cross_validate(
     for others, _ in divided:
         _require_photographs(plan, labels[others], photographs[others])
     scored = []
-    with devices.chosen(plan.device, plan.make_model, data.images, labels):
+    with devices.chosen(plan.device, plan.make_model, data.images, labels) as device:
+        on_device(device)
         computed = features.compute(plan.make_model(), data, plan.sampling)
         for number, (others, rows) in enumerate(divided, start=1):
             fitting.make_deterministic(plan.parameters.seed)

@@ -2,18 +2,23 @@
 
 import warnings
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import mlflow
 import numpy as np
 
 from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import figures, report
-from defect_detection.evaluation.metrics import Scores
+from defect_detection.evaluation.metrics import Comparison, Scores
 from defect_detection.evaluation.parity import Parity
-from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline.fit import Fit, FitPlan, Fold
 from defect_detection.registry import saved_model
+from defect_detection.registry.versions import Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+
+if TYPE_CHECKING:
+    from defect_detection.training.devices import Device
 
 TRAINING_TAG = "training"  # has the same value on the runs of one call of train.py
 
@@ -74,6 +79,11 @@ def plan(planned: FitPlan, data: Dataset, **more: object) -> None:
     )
 
 
+def device(chosen: "Device") -> None:
+    """Log where a model is fitted, and why there."""
+    mlflow.set_tags(chosen.tags())
+
+
 def epoch(number: int, values: dict[str, float]) -> None:
     """Log the metrics of an epoch, counted from 1."""
     mlflow.log_metrics(values, step=number)
@@ -82,7 +92,6 @@ def epoch(number: int, values: dict[str, float]) -> None:
 def fit(fitted: Fit, example: bytes) -> Trained:
     """Log a fitted model: figures, curves and the model itself with an example image file."""
     result, served, decisions = fitted.result, fitted.served, fitted.plan.decisions
-    mlflow.set_tags(fitted.device.tags())
     mlflow.log_params(
         {
             "fits": result.fits,
@@ -159,17 +168,16 @@ def parity(found: Parity) -> None:
     )
 
 
-def registration(done: Registration, compared: str) -> None:
-    """Log which version was registered, the comparison with the champion, and the decision."""
-    if done.comparison is not None:
-        mlflow.log_metrics(done.comparison.as_dict())
-    mlflow.set_tags(
-        {
-            "registered_version": done.version.uri,
-            "comparison": compared,
-            "decision": done.decision,
-        }
-    )
+def version(registered: Version, compared: str, comparison: Comparison | None) -> None:
+    """Log which version was registered, and its comparison with the champion."""
+    if comparison is not None:
+        mlflow.log_metrics(comparison.as_dict())
+    mlflow.set_tags({"registered_version": registered.uri, "comparison": compared})
+
+
+def decision(said: str) -> None:
+    """Log what was decided about the alias, in words."""
+    mlflow.set_tag("decision", said)
 
 
 def page(html: str) -> None:

@@ -84,12 +84,8 @@ def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decisi
 
 def register(
     model: LoggedModel, evaluation: Evaluation, champions: Champions, rules: Rules
-) -> tuple[Registration, str]:
-    """Register a logged model under the name that its test accuracy earns; move the alias.
-
-    Returns:
-        What became of it, and the comparison with the champion in words.
-    """
+) -> tuple[Version, Decision]:
+    """Register a logged model under the name that its test accuracy earns."""
     decision = decide(evaluation, champions, rules)
     description, tags = describe(model, evaluation, decision)
     version = versions.register(
@@ -100,13 +96,23 @@ def register(
         decision.name,
         tags,
     )
+    return version, decision
+
+
+def move_alias(
+    version: Version,
+    decision: Decision,
+    evaluation: Evaluation,
+    champions: Champions,
+    rules: Rules,
+) -> Registration:
+    """Move the alias of a version's registered model, if the rule says so."""
     if decision.name == rules.names.testing_model_name:
         said, in_production = _queue(version, rules.names), False
     else:
         champions.add(version, evaluation)
         said, in_production = _promote(version, evaluation, champions, rules)
-    done = Registration(version, decision.champion, decision.comparison, said, in_production)
-    return done, decision.compared()
+    return Registration(version, decision.champion, decision.comparison, said, in_production)
 
 
 def describe(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from defect_detection.evaluation.parity import Parity
-from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline import record
 from defect_detection.pipeline.fit import FitPlan, Fold
 from defect_detection.pipeline.record import CROSS_VALIDATED, Trained
@@ -85,10 +85,14 @@ def scored_again(version: Version, acc: float) -> None:
     print(f"{version.uri} scored again on these images: accuracy {acc:.4f}")
 
 
-def registration(done: Registration, compared: str) -> None:
-    """Print the comparison with the champion, and the decision."""
+def comparison(compared: str) -> None:
+    """Print the comparison with the champion."""
     print(compared)
-    print(done.decision)
+
+
+def decision(said: str) -> None:
+    """Print what was decided about the alias."""
+    print(said)
 
 
 def report(uri: str) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 RUNTIME_PACKAGES = ("ai-edge-litert", "numpy", "pillow", "pyyaml")
 PACKAGES = ("tensorflow", "keras", *RUNTIME_PACKAGES)
 CODE = "code"  # MLflow's name for the folder
+# The same for versions of all times, so that one process can load several of them.
+LOADER = "defect_detection.pyfunc"
 
 
 def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
@@ -76,7 +78,7 @@ def _save(
     _set_signature(mlflow_model)
     mlflow.pyfunc.add_to_model(
         mlflow_model,
-        loader_module=f"{runtime.__name__}.pyfunc",
+        loader_module=LOADER,
         code=CODE,
         conda_env="conda.yaml",
         python_env="python_env.yaml",
@@ -85,12 +87,13 @@ def _save(
 
 
 def _copy_code(folder: Path) -> None:
-    """Copy the package `runtime`, which runs where this project is not installed."""
+    """Copy the loader and the package `runtime`, which run where this project is not installed."""
     source = Path(runtime.__path__[0])
     package = source.parent
     copied = folder / package.name / source.name
     shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(package / "__init__.py", copied.parent)
+    for name in ("__init__.py", "pyfunc.py"):
+        shutil.copy(package / name, copied.parent)
 
 
 def _set_signature(model: "Model") -> None:

@@ -99,8 +99,9 @@ class Classifier:
         served = ServedModel.load(folder)
         try:
             return cls(served, threads)
-        # LiteRT raises ValueError for a file that is no model, RuntimeError for half of one.
-        except (TypeError, ValueError, RuntimeError) as error:
+        # LiteRT raises ValueError for a file that is no model and RuntimeError for half of one;
+        # the first versions had outputs with other names.
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise model_files.damaged(folder, error) from error
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:

@@ -29,8 +29,9 @@ def suppressed() -> Iterator[None]:
 
 
 def silence_tensorflow() -> None:
-    """Turn TensorFlow's C++ logs off; call this before TensorFlow is imported.
+    """Turn TensorFlow's C++ logs off and make it Keras's backend; call this before the imports.
 
-    They tell about missing GPUs and double registrations. Errors are raised in Python too.
+    The logs tell about missing GPUs and double registrations. Errors are raised in Python too.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -1,6 +1,5 @@
 """The CNN, built from its hyper-parameters, and its export to LiteRT."""
 
-import os
 import tempfile
 
 import numpy as np
@@ -8,7 +7,6 @@ import numpy as np
 from defect_detection.runtime import native_output
 
 native_output.silence_tensorflow()
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
