@@ -109,7 +109,7 @@ def plan(
     shared, first = config.model_parameters, config.model_parameters.sets[0]
     parameters = replace(own.model_parameters, **overrides.given())
     if start is None and overrides.learning_rate is None:
-        # A rate that fine-tunes a model would teach a new one nothing.
+        # The rate for fine-tuning is too low to fit a new model.
         parameters = replace(parameters, learning_rate=first.learning_rate)
     return FitPlan(
         name="re-train",

@@ -1,4 +1,4 @@
-"""Find out what a test accuracy on these images would be worth, before anything is trained.
+"""Check a data folder for leakage and label errors before anything is trained on it.
 
 It reports unreadable, duplicate and odd-sized images; images that come from one photograph;
 photographs with two labels; and how many test images share a photograph with training.
@@ -34,7 +34,11 @@ def main() -> int:
         metavar="SHARE",
         help="write split.csv into the data folder: a test set of this share without leakage",
     )
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if anything was found")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit code 1 on leakage, two labels or unreadable images",
+    )
     options = parser.parse_args()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     parameters, cache = config.model_parameters, settings.from_root(config.paths.cache)

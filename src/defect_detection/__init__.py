@@ -2,7 +2,7 @@
 
 
 class PipelineError(Exception):
-    """Something that the user can mend; the message says what, where and how, in one line."""
+    """An error that the user can fix; its message says what, where and how, in one line."""
 
 
 class StoreError(PipelineError):

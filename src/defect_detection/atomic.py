@@ -39,7 +39,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise PipelineError unless files can be made in `folder`: before long work, not after it."""
+    """Raise PipelineError unless files can be created in `folder`; called before long work."""
     with replace_atomically(folder / ".writable") as probe:
         probe.write_bytes(b"")
     (folder / ".writable").unlink(missing_ok=True)

@@ -57,11 +57,11 @@ class HyperParameters:
         name: of the set.
         blocks: pretrained blocks that keep their weights; fewer are quicker and see less.
         tuned_blocks: pretrained blocks after those that are fitted too.
-        views: 2 looks at each image also turned by 180 degrees, at twice the time.
+        views: 2 also uses a copy of each image rotated by 180 degrees, which takes twice as long.
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: images in a step.
-        epochs: how often each variant is seen by a linear head; of a model with more to fit, each
+        epochs: passes of a linear head over the variants; in a model with tuned blocks, each
             fit sees its share of the variants in an epoch.
     """
 
@@ -93,7 +93,7 @@ class FitParameters:
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: images in a step.
         epochs: passes over the variants.
-        validation_share: of the photographs; as many are held back from each fit.
+        validation_share: share of the photographs held out from each fit.
         seed: of everything random.
     """
 
@@ -111,8 +111,8 @@ class Sampling:
 
     Attributes:
         variants: how many, each photograph of a class as often as the others.
-        seed: which.
-        cache: absolute path of the folder that keeps what pretrained layers make of them.
+        seed: decides which variants are drawn.
+        cache: absolute path of the folder where their features are kept.
     """
 
     variants: Annotated[int, Field(ge=10)]

@@ -1,4 +1,4 @@
-"""Do two images come from one photograph? They are aligned, then compared in their fine detail.
+"""Decides whether two images come from one photograph: aligns them and compares fine detail.
 
 Parts of one design look alike, so matching keypoints prove nothing. Two images are aligned by their
 SIFT keypoints [1] and the enhanced correlation coefficient [2], then compared in what no two

@@ -1,6 +1,6 @@
-"""Which pairs of images are likely to come from one photograph, and worth an alignment.
+"""Finds pairs of images that probably come from one photograph, to be aligned.
 
-Those that share hashes of keypoints which few other images have (Charikar, Similarity estimation
+They share hashes of keypoints which few other images have (Charikar, Similarity estimation
 techniques from rounding algorithms, STOC 2002).
 """
 

@@ -1,6 +1,6 @@
 """Divides images into parts, whole photographs only.
 
-Images of one photograph on both sides of a split would let a model pass by remembering.
+With images of one photograph on both sides of a split, a model could score well by memorising.
 """
 
 import numpy as np
@@ -90,7 +90,7 @@ def _group_folds(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     from sklearn.model_selection import (
         StratifiedGroupKFold,
-    )  # takes 1 s, which audits need not wait
+    )  # takes 1 s to import; audits do not need it
 
     if count > min(labels.sum(), len(labels) - labels.sum()):
         return []

@@ -1,4 +1,4 @@
-"""What is known about images and pairs of images, kept by content in a SQLite file."""
+"""Keypoints of images and results for pairs of images, kept by content in a SQLite file."""
 
 import os
 import sqlite3

@@ -25,7 +25,7 @@ COMPARISONS = 8  # for each image, at most, so that the cost stays linear
 def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
     """Group images by the photograph they come from.
 
-    What was found is kept by content: a second call is quick, a new image costs one image.
+    Results are cached by content: a second call is fast, and only new images are searched for.
 
     Args:
         contents: a readable image for each content's SHA-256.

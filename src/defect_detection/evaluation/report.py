@@ -117,7 +117,7 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _scores(evaluation: Evaluation) -> str:
-    """Return what the page computes error rates from when its threshold is moved."""
+    """Return the data from which the page computes error rates and costs."""
     return json.dumps(
         {
             "probabilities": [round(float(p), 6) for p in evaluation.probabilities],

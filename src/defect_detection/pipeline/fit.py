@@ -16,7 +16,7 @@ from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
 from defect_detection.settings import Decisions, FitParameters, Sampling
 
-# TensorFlow takes 4 s to import: not before the options, the data and the store are good.
+# TensorFlow takes 4 s to import, so it is imported after options, data and store are checked.
 if TYPE_CHECKING:
     import keras
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # MLflow reads these when it is imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a plant's network has no way out
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # plants may have no internet
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-# Retries last half a minute; the default retries for more than four.
+# Retries then last half a minute; by default they last more than four minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of 1 MB
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git a run only lacks its commit
@@ -34,7 +34,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
         StoreError: the store cannot be reached (within `seconds`), read or written.
     """
     if uri.startswith("file:"):
-        # MLflow >= 3.13 refuses file stores unless told that they are meant.
+        # MLflow >= 3.13 refuses file stores unless this variable allows them.
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     _require_reachable(uri, seconds)
     mlflow.set_tracking_uri(uri)
@@ -46,7 +46,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
 
 
 def _require_reachable(uri: str, seconds: float) -> None:
-    """Raise StoreError at once where MLflow would only after minutes of retries."""
+    """Raise StoreError at once; MLflow itself would raise only after minutes of retries."""
     if uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds).close()

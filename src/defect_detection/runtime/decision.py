@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 # Written once, here: the class folders in their order and which class is positive. Labels and
-# probabilities both speak of the defect: 1 is a defect.
+# probabilities both refer to the defect: 1 is a defect.
 CLASSES = ("def_front", "ok_front")
 POSITIVE = "def_front"
 
-# At which accuracy is measured, so that models are compared alike whatever they decide by.
+# The threshold for accuracies: the same for all models, so that they can be compared.
 ACCURACY_THRESHOLD = 0.5
 
 
@@ -32,7 +32,7 @@ class OperatingPoint:
         return (probabilities >= self.review_low) & (probabilities < self.review_high)
 
 
-# Of versions that were registered before operating points were saved.
+# For versions that were registered before operating points were saved.
 DEFAULT_OPERATING_POINT = OperatingPoint(ACCURACY_THRESHOLD, ACCURACY_THRESHOLD, ACCURACY_THRESHOLD)
 
 

@@ -1,7 +1,7 @@
 """Out-of-distribution detection: which images a model may judge at all.
 
 The probability of a defect means nothing for a black image, a blurred one or one of something else.
-What such images look like is not known beforehand; what the training images look like is.
+Such images are not known beforehand, so they are detected by how they differ from training.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,8 +15,8 @@ COMPONENTS = 16  # principal components of the thumbnails that are kept
 RARE = 0.001  # share of the training images, at either end, that the limits need not admit
 
 # How far beyond the training images an image may lie. Light and contrast may halve, since variants
-# of the training images go nearly as far. The model lives by fine detail: half of the range in
-# training is allowed beyond it, and at least DETAIL.
+# of the training images go nearly as far. The model relies on fine detail: half of the range in
+# training, plus DETAIL, is allowed beyond it.
 LIGHT = 0.5
 DETAIL = 0.1
 UNLIKENESS = 1.5

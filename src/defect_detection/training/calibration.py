@@ -1,4 +1,4 @@
-"""From the raw output of a fit to probabilities that mean something, and to an operating point.
+"""Calibrates the probabilities of a fit, and chooses the operating point.
 
 Everything here is chosen on held-out photographs, which the fit has not seen.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from defect_detection.runtime.decision import OperatingPoint
 
 EPS = 1e-7  # the smallest probability at which a float32 sigmoid is trusted
-# Limits of the calibration. A few photographs without a mistake would ask for endless certainty.
+# Limits of the calibration: on a few photographs without an error the scale would have no bound.
 SCALES, SHIFTS = (0.2, 4.0), (-3.0, 3.0)
 
 

@@ -78,7 +78,7 @@ def checked(
 ) -> Device:
     """Return the device `name` if it computes what the CPU computes, else the CPU.
 
-    Compared are the probabilities and the gradients of one pass forward and backward, each by the
+    It compares the probabilities and gradients of one forward and backward pass, each by the
     length of their difference. `run` makes that pass.
     """
     try:

@@ -1,4 +1,4 @@
-"""Fits a model once for each part of the photographs that is held out; their mean remains."""
+"""Fits a model once for each held-out part of the photographs, and merges the fits."""
 
 import math
 import time
@@ -179,7 +179,7 @@ def _validation(held_out: HeldOut) -> dict[str, float]:
 def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarray:
     """Return weights (n,) that sum to 1 and are equal for all photographs of a class.
 
-    Both classes have the same.
+    The weights of each class sum to 1/2.
     """
     _, of, images = np.unique(
         np.stack([labels, photographs]), axis=1, return_inverse=True, return_counts=True
@@ -193,8 +193,8 @@ def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarra
 class _Fits:
     """The fits of a model, one for each part of the photographs.
 
-    A linear head is fitted for all parts at once, side by side. Fits of more are made in turn,
-    each of them to its share of the variants, so that an epoch costs as much.
+    A linear head is fitted for all parts at once. Other models are fitted one after another,
+    each to its share of the variants, so that an epoch takes about as long.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
     probability of a defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0
     are frozen; they end in the layer `features`, one place for 16 x 16 pixels of the enlarged
     image. With two views the features are the mean of those of the image and of its copy
-    turned by 180 degrees. The next `hyper.tuned_blocks` are fitted. The layer `defect_map`
+    rotated by 180 degrees. The next `hyper.tuned_blocks` are fitted. The layer `defect_map`
     returns the evidence of a defect at each place, 0 or more, from a linear combination of the
     features there; the probability is a sigmoid of its power mean. There is no evidence against a
     defect: a part without evidence is good, even if it looks unlike those in training.
