@@ -67,9 +67,16 @@ def drawn_dataset(images: np.ndarray, labels: np.ndarray, photographs: np.ndarra
     """Return a data set of uint8 images (n, height, width) that lie nowhere."""
     names = tuple(str(number) for number in range(len(images)))
     nowhere = DataFolder(Path("/nowhere"), Path("/nowhere"))
-    pixels = images[..., np.newaxis]
     return Dataset(
-        nowhere, "train", pixels, labels, names, names, photographs, f"{len(images)} drawn", ()
+        folder=nowhere,
+        side="train",
+        images=images[..., np.newaxis],
+        labels=labels,
+        paths=names,
+        contents=names,
+        digest=f"{len(images)} drawn",
+        skipped=(),
+        photographs=photographs,
     )
 
 

@@ -37,7 +37,6 @@ from defect_detection.evaluation import metrics, robustness  # noqa: E402
 from defect_detection.runtime.classifier import Classifier  # noqa: E402
 from defect_detection.runtime.decision import (  # noqa: E402
     ACCURACY_THRESHOLD,
-    POSITIVE,
     is_defect,
 )
 from defect_detection.runtime.model_files import ServedModel  # noqa: E402
@@ -189,18 +188,8 @@ class Castings:
         self.names, self.photographs = np.unique(
             [known[path][1] for path in read.paths], return_inverse=True
         )
-        self.labels = np.array([POSITIVE in path for path in read.paths], np.uint8)
-        self.data = Dataset(
-            data,
-            "all",
-            read.images,
-            self.labels,
-            read.paths,
-            read.contents,
-            self.photographs,
-            read.digest,
-            read.skipped,
-        )
+        self.labels = read.labels
+        self.data = Dataset(**vars(read), photographs=self.photographs)
         of_class = [set(self.photographs[self.labels == label]) for label in (0, 1)]
         self.two_labels = sorted(of_class[0] & of_class[1])
         self.image_size = parameters.image_size

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from defect_detection.dataset.folder import GROUPS_FILE, SPLIT_FILE, DataFolder
+from defect_detection.dataset.folder import GROUPS_FILE, SIDES, SPLIT_FILE, DataFolder
 from defect_detection.dataset.split import Dataset, Split, describe_leakage, read
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES
@@ -76,7 +76,7 @@ def inspect(folder: DataFolder, image_size: tuple[int, int]) -> Audit:
     Raises:
         PipelineError: a class folder is missing or empty, or a CSV file lacks an image.
     """
-    sides = ["train", "test"] if folder.split_file.exists() else folder.sides or ["train"]
+    sides = list(SIDES) if folder.split_file.exists() else folder.sides or ["train"]
     every = read(folder, {side: folder.images(side) for side in sides}, image_size)
     by_photograph, by_content = defaultdict(list), defaultdict(list)
     for data in every:

@@ -15,6 +15,7 @@ import numpy as np
 from defect_detection.atomic import replace_atomically
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.runtime import preprocessing
+from defect_detection.runtime.decision import CLASSES, POSITIVE
 from defect_detection.runtime.preprocessing import UnreadableImage
 
 log = logging.getLogger(__name__)
@@ -27,42 +28,70 @@ Skipped = tuple[tuple[str, str], ...]  # path and reason of each unreadable imag
 
 @dataclass(frozen=True)
 class Decoded:
-    """The pixels of image files.
+    """The readable images of one side of a data folder.
 
     Attributes:
-        images: uint8 (n, height, width, 1), memory-mapped, of the readable files in their order.
-        paths: (n,) relative to the data folder.
+        folder: the data folder, from which the paths count.
+        side: "train" or "test".
+        images: uint8 (n, height, width, 1), memory-mapped, 0 = black.
+        labels: uint8 (n,), 1 = defect, 0 = ok.
+        paths: (n,) paths relative to the folder, sorted by class, then name.
         contents: (n,) SHA-256 of each file.
-        digest: SHA-256 of the paths and contents of all files, the unreadable ones included.
-        skipped: path and reason of each unreadable file.
+        digest: SHA-256 of the paths and contents of all images, the unreadable ones included.
+        skipped: path and reason of each unreadable image.
     """
 
+    folder: DataFolder
+    side: str
     images: np.ndarray
+    labels: np.ndarray
     paths: tuple[str, ...]
     contents: tuple[str, ...]
     digest: str
     skipped: Skipped
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __str__(self) -> str:
+        """Return where the images lie."""
+        return str(self.folder.path / self.side)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = self.images.shape[1:3]
+        return height, width
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each class."""
+        return {name: int(np.sum(self.labels == (name == POSITIVE))) for name in CLASSES}
+
+    def file(self, row: int) -> Path:
+        """Return the file of an image."""
+        return self.folder.path / self.paths[row]
+
 
 def decode(
-    folder: DataFolder, paths: list[Path], name: str, image_size: tuple[int, int]
+    folder: DataFolder, paths: list[Path], side: str, image_size: tuple[int, int]
 ) -> Decoded:
     """Decode image files, or take their pixels from the cache if their content is known.
 
     Args:
         folder: holds the files and names the cache.
         paths: of the files.
-        name: what the files are called in messages and in the cache.
+        side: of the split, named in messages and in the cache.
         image_size: height and width in pixels.
     """
     names = [folder.relative(path) for path in paths]
     contents = [hashlib.sha256(_content(path)).hexdigest() for path in paths]
     digest = _digest(names, contents)
     height, width = image_size
-    stem = folder.cache / f"{name}-{digest[:16]}-{height}x{width}-{preprocessing.PREPROCESSING}"
+    stem = folder.cache / f"{side}-{digest[:16]}-{height}x{width}-{preprocessing.PREPROCESSING}"
     skipped = _cached(stem, len(paths), image_size)
     if skipped is None:
-        log.info("Decoding %d images of %s", len(paths), folder.path / name)
+        log.info("Decoding %d images of %s", len(paths), folder.path / side)
         skipped = _decode_all(folder, paths, image_size, stem)
         _delete_old(folder.cache)
     shape = (len(paths) - len(skipped), height, width, 1)
@@ -70,7 +99,10 @@ def decode(
     unreadable = {path for path, _ in skipped}
     kept = [number for number, path in enumerate(names) if path not in unreadable]
     return Decoded(
+        folder=folder,
+        side=side,
         images=pixels,
+        labels=np.array([paths[number].parent.name == POSITIVE for number in kept], np.uint8),
         paths=tuple(names[number] for number in kept),
         contents=tuple(contents[number] for number in kept),
         digest=digest,

@@ -10,9 +10,8 @@ import numpy as np
 from defect_detection import PipelineError
 from defect_detection.atomic import read_mapping, write_mapping
 from defect_detection.dataset import decoded, holdout
-from defect_detection.dataset.decoded import Decoded, Skipped
+from defect_detection.dataset.decoded import Decoded
 from defect_detection.dataset.folder import SIDES, DataFolder
-from defect_detection.runtime.decision import CLASSES, POSITIVE
 
 log = logging.getLogger(__name__)
 
@@ -20,53 +19,15 @@ LARGEST_UNREADABLE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The readable images of one side of a data folder.
+class Dataset(Decoded):
+    """The readable images of one side of a data folder, and their photographs.
 
     Attributes:
-        folder: the data folder, from which the paths count.
-        side: "train" or "test".
-        images: uint8 (n, height, width, 1), memory-mapped, 0 = black.
-        labels: uint8 (n,), 1 = defect, 0 = ok.
-        paths: (n,) paths relative to the folder, sorted by class, then name.
-        contents: (n,) SHA-256 of each file.
         photographs: int (n,), number of the photograph that each image comes from; the same in
             the training and the test images of a folder.
-        digest: SHA-256 of the paths and contents of all images, the unreadable ones included.
-        skipped: path and reason of each unreadable image.
     """
 
-    folder: DataFolder
-    side: str
-    images: np.ndarray
-    labels: np.ndarray
-    paths: tuple[str, ...]
-    contents: tuple[str, ...]
     photographs: np.ndarray
-    digest: str
-    skipped: Skipped
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __str__(self) -> str:
-        """Return where the images lie."""
-        return str(self.folder.path / self.side)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        height, width = self.images.shape[1:3]
-        return height, width
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Images of each class."""
-        return {name: int(np.sum(self.labels == (name == POSITIVE))) for name in CLASSES}
-
-    def file(self, row: int) -> Path:
-        """Return the file of an image."""
-        return self.folder.path / self.paths[row]
 
     def images_at(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return the same images at another size, uint8 (n, height, width, 1).
@@ -128,10 +89,10 @@ def load(folder: DataFolder, image_size: tuple[int, int]) -> Split:
     if folder.split_file.exists():
         counted = ", ".join(f"{len(files[side])} in {side}" for side in SIDES)
         log.info("Following %s: %s. Delete it to use the folders", folder.split_file, counted)
-    every = {side: decoded.decode(folder, files[side], side, image_size) for side in SIDES}
-    for side, one in every.items():
-        _require_readable(folder, side, one)
-    training, testing = _datasets(folder, every)
+    every = [decoded.decode(folder, files[side], side, image_size) for side in SIDES]
+    for one in every:
+        _require_readable(one)
+    training, testing = _with_photographs(folder, every)
     return Split(training, testing)
 
 
@@ -151,27 +112,15 @@ def read(
     Raises:
         PipelineError: `groups.csv` lacks an image.
     """
-    return _datasets(
-        folder, {s: decoded.decode(folder, paths, s, image_size) for s, paths in files.items()}
-    )
+    every = [decoded.decode(folder, paths, side, image_size) for side, paths in files.items()]
+    return _with_photographs(folder, every)
 
 
-def _datasets(folder: DataFolder, every: dict[str, Decoded]) -> list[Dataset]:
-    """Find the photographs of decoded images; return a data set for each side."""
-    photographs_of = _photographs(folder, list(every.values()))
+def _with_photographs(folder: DataFolder, every: list[Decoded]) -> list[Dataset]:
+    found = _photographs(folder, every)
     return [
-        Dataset(
-            folder=folder,
-            side=side,
-            images=one.images,
-            labels=_labels(one.paths),
-            paths=one.paths,
-            contents=one.contents,
-            photographs=photographs,
-            digest=one.digest,
-            skipped=one.skipped,
-        )
-        for (side, one), photographs in zip(every.items(), photographs_of, strict=True)
+        Dataset(**vars(one), photographs=photographs)
+        for one, photographs in zip(every, found, strict=True)
     ]
 
 
@@ -225,16 +174,11 @@ def _numbered(names: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def _labels(paths: Iterable[str]) -> np.ndarray:
-    return np.array([Path(path).parent.name == POSITIVE for path in paths], np.uint8)
-
-
-def _require_readable(folder: DataFolder, side: str, one: Decoded) -> None:
+def _require_readable(one: Decoded) -> None:
     """Log each unreadable image, and refuse sides with too many of them or without a class."""
-    total = len(one.paths) + len(one.skipped)
-    where = str(folder.path / side)
-    if folder.split_file.exists():
-        where = f"{side} of {folder.split_file}"
+    total = len(one) + len(one.skipped)
+    split_file = one.folder.split_file
+    where = f"{one.side} of {split_file}" if split_file.exists() else str(one)
     for path, why in one.skipped:
         log.warning("%s %s: skipped", path, why)
     if len(one.skipped) > LARGEST_UNREADABLE_SHARE * total:
@@ -245,6 +189,6 @@ def _require_readable(folder: DataFolder, side: str, one: Decoded) -> None:
         )
     if one.skipped:
         log.warning("%s: %d of %d skipped", where, len(one.skipped), total)
-    for name in CLASSES:
-        if not any(Path(path).parent.name == name for path in one.paths):
-            raise PipelineError(f"{folder.path / side / name} holds no readable image")
+    for name, count in one.counts.items():
+        if not count:
+            raise PipelineError(f"{one.folder.path / one.side / name} holds no readable image")
