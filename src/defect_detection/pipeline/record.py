@@ -187,13 +187,15 @@ def page(html: str) -> None:
 
 def run_id() -> str:
     """Return the id of the active run."""
-    run = mlflow.active_run()
-    assert run is not None, "nothing is recorded outside a run"
-    return str(run.info.run_id)
+    return str(_run().info.run_id)
 
 
 def commit() -> str:
     """Return the project's commit, as MLflow tagged the active run with it."""
+    return str(_run().data.tags.get("mlflow.source.git.commit", "unknown"))
+
+
+def _run() -> mlflow.ActiveRun:
     run = mlflow.active_run()
     assert run is not None, "nothing is recorded outside a run"
-    return str(run.data.tags.get("mlflow.source.git.commit", "unknown"))
+    return run

@@ -109,8 +109,7 @@ def fit(
     share, seed = parameters.validation_share, parameters.seed
     parts = holdout.validation_parts(labels, photographs, share, seed)
     fits = _Fits(model, features, parameters, [np.unique(photographs[part]) for part in parts])
-    history: dict[str, list[float]] = {}
-    best = _run(fits, plain, parts, history, on_epoch)
+    best, history = _run(fits, plain, parts, on_epoch)
     fits.merge(best.states, plain, parts)
     calibrated = Calibration(1, 0)
     if new:
@@ -141,15 +140,15 @@ def _run(
     fits: "_Fits",
     plain: np.ndarray,
     parts: list[np.ndarray],
-    history: dict[str, list[float]],
     on_epoch: Report,
-) -> _Best:
-    """Run all epochs, append their metrics to `history`, and return the best epoch.
+) -> tuple[_Best, dict[str, list[float]]]:
+    """Run all epochs; return the best one, and the metrics of all by name.
 
     Raises:
         PipelineError: the validation loss was never a number.
     """
     best, lowest = None, math.inf
+    history: dict[str, list[float]] = {}
     labels, photographs = fits.features.labels[plain], fits.features.photographs[plain]
     for epoch in range(1, fits.parameters.epochs + 1):
         figures = fits.run(epoch)
@@ -165,7 +164,7 @@ def _run(
             f"The fit diverged: its validation loss is not a number. Lower the learning_rate, "
             f"which is {fits.parameters.learning_rate}"
         )
-    return best
+    return best, history
 
 
 def _validation(held_out: HeldOut) -> dict[str, float]:
