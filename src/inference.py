@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from defect_detection.inference.judge import Item, Judge
     from defect_detection.inference.production import Production
     from defect_detection.inference.rows import Output, RowFile
+    from defect_detection.settings import Config
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +50,19 @@ def main() -> int:
             stack.callback(production.close)
         items = iter(()) if options.watch else find(options)
 
-        from defect_detection.inference import watch
         from defect_detection.inference.judge import Judge, NamedModel
         from defect_detection.inference.rows import Output
 
         if production is None:
             model = NamedModel.load(options.model, options.model)
         else:
-            model = watch.load(production)
+            model = NamedModel.in_production(production)
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         output = Output([stack.enter_context(file) for file in open_files(options)])
         judge = Judge(model, Path(options.heatmaps) if options.heatmaps else None, pool)
         if options.watch:
+            from defect_detection.inference import watch
+
             watch.follow(options.watch, judge, production, output)
         return conclude(options, *judge_all(options, items, judge, output), bool(output))
 
@@ -102,14 +105,30 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
 
 def ask_registry() -> "Production":
     """Start to ask which version is in production."""
+    config, env = configuration()
     from defect_detection import settings
     from defect_detection.inference.production import Production
-    from defect_detection.settings import Config
 
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    uri = settings.tracking_uri(settings.environment())
-    cache = settings.from_root(config.paths.cache)
-    return Production(uri, config.mlflow.production_model_name, cache)
+    kept = settings.from_root(config.paths.cache)
+    return Production(settings.tracking_uri(env), config.mlflow.production_model_name, kept)
+
+
+@cache
+def configuration() -> "tuple[Config, dict[str, str]]":
+    """Read src/config.yaml and the environment.
+
+    Raises:
+        PipelineError: only requirements-line.txt is installed, which cannot read them.
+    """
+    try:
+        from defect_detection import settings
+        from defect_detection.settings import Config
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"{error.name} is not installed. Name images and a model's folder with --model, or "
+            f"install requirements.txt"
+        ) from error
+    return settings.read_yaml(settings.CONFIG_FILE, Config), settings.environment()
 
 
 def find(options: Namespace) -> "Iterator[Item]":
@@ -122,14 +141,13 @@ def find(options: Namespace) -> "Iterator[Item]":
 
     if options.pictures or options.files_from:
         return sources.items(options.pictures, options.files_from)
+    config, env = configuration()
     from defect_detection import settings
     from defect_detection.dataset.folder import DataFolder
     from defect_detection.inference.judge import Item
-    from defect_detection.settings import Config
 
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    env, cache = settings.environment(), settings.from_root(config.paths.cache)
-    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    kept = settings.from_root(config.paths.cache)
+    folder = DataFolder.choose(options.data, env, config.paths.data_path, kept)
     examples = folder.examples(config.inference_examples, log.info)
     return (Item(str(path), path) for path in examples)
 

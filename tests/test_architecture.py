@@ -73,7 +73,7 @@ def test_only_main_reads_the_environment_and_the_working_directory():
             id(inner)
             for node in ast.walk(tree)
             if isinstance(node, ast.FunctionDef)
-            and (path in SCRIPTS and node.name in ("main", "find", "ask_registry"))
+            and (path in SCRIPTS and node.name in ("main", "configuration"))
             for inner in ast.walk(node)
         }
         for node in ast.walk(tree):

@@ -44,6 +44,16 @@ def test_it_is_small_and_has_neither_tensorflow_nor_mlflow(python):
     assert "ai_edge_litert" in names and not names & {"tensorflow", "mlflow", "keras", "scipy"}
 
 
+@pytest.mark.parametrize("arguments", [["part.jpeg"], ["--model", "DIR"], []])
+def test_what_it_cannot_do_is_one_line_with_the_way_out(python, model_folder, arguments):
+    given = [str(model_folder) if one == "DIR" else one for one in arguments]
+    command = [str(python), str(ROOT / "src/inference.py"), *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: ") and "is not installed. Name images and a model" in said
+
+
 def test_a_model_folder_gives_a_verdict_and_a_heatmap(python, model_folder, tmp_path):
     part = tmp_path / "part.jpeg"
     part.write_bytes(encoded(draw_part(np.random.default_rng(2), defect=True)))

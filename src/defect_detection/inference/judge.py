@@ -1,16 +1,23 @@
 """Judges images on all cores: a stream of images in, a stream of rows out."""
 
 import itertools
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from defect_detection import PipelineError
 from defect_detection.inference.rows import Row
 from defect_detection.runtime.classifier import Classifier, Verdict
+
+if TYPE_CHECKING:
+    from defect_detection.inference.production import Production
+
+log = logging.getLogger(__name__)
 
 CHUNK = 16  # images that a thread decodes and judges at a time
 HEATMAP_SIDE = 320  # pixels of the longer side
@@ -39,6 +46,18 @@ class NamedModel:
             PipelineError: the folder holds no model that can be served.
         """
         return cls(name, Classifier.load(Path(folder), threads=1))
+
+    @classmethod
+    def in_production(cls, production: "Production") -> "NamedModel":
+        """Wait for the version in production and load it.
+
+        Raises:
+            PipelineError: there is none.
+        """
+        version = production.current()
+        model = cls.load(f"{version.name}/{version.number}", version.folder)
+        log.info("%s, test accuracy %.4f", version, version.acc)
+        return model
 
 
 class Judge:

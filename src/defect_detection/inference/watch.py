@@ -141,17 +141,5 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
             for _, arrival in whole:
                 arrival.judged()
         if production is not None and production.moved():
-            judge.model = load(production)
+            judge.model = NamedModel.in_production(production)
         time.sleep(max(LOOK_EVERY, time.monotonic() - started))
-
-
-def load(production: Production) -> NamedModel:
-    """Wait for the version in production and load it.
-
-    Raises:
-        PipelineError: there is none.
-    """
-    version = production.current()
-    model = NamedModel.load(f"{version.name}/{version.number}", version.folder)
-    log.info("%s, test accuracy %.4f", version, version.acc)
-    return model
