@@ -81,7 +81,7 @@ stop)
     done
     kill -9 "$pid" 2>/dev/null || true
     rm -f "$pid_file"
-    echo "The API is stopped. A retraining that runs goes on"
+    echo "The API is stopped. A running retraining continues"
     ;;
 status)
     pid=$(running)

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-import mlflow  # noqa: E402
-
 from defect_detection import cli, settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
@@ -68,14 +66,16 @@ def main() -> None:
         source = describe(start, own.mlflow)
         print(f"Starting from {source}", flush=True)
         planned = plan(config, own, overrides, start, device)
-        with mlflow.start_run(experiment_id=experiment, run_name="re-train"):
-            mlflow.set_tag("started_from", source)
+        with record.run(experiment, "re-train"):
+            record.started_from(source)
             record.dataset(split.training, "training")
             record.plan(planned, split.training)
             report_epoch(planned, reporter, 0, {})
             on_epoch = partial(report_epoch, planned, reporter)
             fitted = fit.fit(planned, split.training, record.device, on_epoch)
-            trained = record.fit(fitted, split.training.file(0).read_bytes())
+            record.fit(fitted)
+            served = fit.to_served(fitted, split.training)
+            trained = record.model(fitted, served, split.training.file(0).read_bytes())
             classifier = saved_model.load_classifier(trained.model_uri)
             version = evaluate_and_register(trained, classifier, split, evaluation)
     for image in examples:

@@ -1,15 +1,15 @@
 """Evaluate the model of best_model.json on data/test, register it and write a report.
 
-A test accuracy at or above the threshold of src/config.yaml registers it as Production_Reg, where
-the version with the highest accuracy gets the alias prod. A lower one registers it as Testing_Reg.
+A test accuracy at or above evaluation_threshold of src/config.yaml registers it as Production_Reg,
+where the version with the highest accuracy gets the alias prod. A lower one registers it as
+Testing_Reg.
 The version in production is judged on the same images.
 """
-
-import mlflow
 
 from defect_detection import cli, settings
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
+from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.evaluate import EvaluationPlan, evaluate_and_register
 from defect_detection.pipeline.register import Rules
@@ -36,7 +36,7 @@ def main() -> None:
             print(f"{split.training} has changed since this model was trained on it")
         experiment = store.open_experiment(f"eval/{config.mlflow.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
-        with mlflow.start_run(experiment_id=experiment, run_name="evaluation", tags=tags):
+        with record.run(experiment, "evaluation", tags):
             evaluate_and_register(best, classifier, split, plan)
 
 

@@ -93,7 +93,7 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
     if options.files_from == "-" and "-" in options.pictures:
         parser.error("standard input is an image or a list, not both")
     if options.watch and (options.pictures or options.files_from or options.fail_on_defect):
-        parser.error("--watch runs until it is ended: without images and --fail-on-defect")
+        parser.error("--watch takes neither images nor --files-from nor --fail-on-defect")
     searched = [*options.pictures, *([options.watch] if options.watch else [])]
     for folder in filter(os.path.isdir, searched):
         heatmaps = Path(options.heatmaps).resolve() if options.heatmaps else None

@@ -54,7 +54,7 @@ def versions_table(name: str, known: list[Version], production: Version | None) 
         here = production is not None and version.number == production.number
         state = [PRODUCTION_ALIAS] if here else []
         state += ["set aside"] if version.set_aside else []
-        state += [] if version.qualified else ["not better beyond chance"]
+        state += [] if version.qualified else ["not significantly better"]
         try:
             unseen = f"{float(version.tags['acc_unseen']):.4f}"
         except (KeyError, ValueError):

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlflow
-
 from defect_detection import cli, settings
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
@@ -87,12 +85,14 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
     example = split.training.file(0).read_bytes()
     for number, planned in enumerate(plans, start=1):
         print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        with mlflow.start_run(experiment_id=experiment, run_name=planned.name, tags=tags):
+        with record.run(experiment, planned.name, tags):
             record.dataset(split.training, "training")
             record.leakage(split)
             record.plan(planned, split.training, set=planned.name)
             fitted = fit.fit(planned, split.training, record.device, partial(report_epoch, planned))
-            trained.append(record.fit(fitted, example))
+            record.fit(fitted)
+            served = fit.to_served(fitted, split.training)
+            trained.append(record.model(fitted, served, example))
     return trained
 
 
@@ -109,8 +109,7 @@ def cross_validate_sets(
     validated = {}
     for number, planned in enumerate(plans, start=1):
         print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        name = f"{planned.name} {folds} folds"
-        with mlflow.start_run(experiment_id=experiment, run_name=name):
+        with record.run(experiment, f"{planned.name} {folds} folds"):
             record.dataset(split.training, "training")
             record.plan(planned, split.training, set=planned.name, folds=folds)
             scored = fit.cross_validate(planned, split.training, folds, record.device, report_fold)

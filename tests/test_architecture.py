@@ -1,6 +1,7 @@
 """The rules of the house, read off the syntax trees and tried in child processes."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_only_main_reads_the_environment_and_the_working_directory():
             reads = text in ("os.environ", "os.getcwd()", "Path.cwd()", "settings.environment()")
             if (reads or text.startswith("os.getenv(")) and id(node) not in allowed:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text}")
-    setting = {"registry/store.py", "runtime/native_output.py"}
+    setting = {"registry/__init__.py", "registry/store.py", "runtime/native_output.py"}
     others = [one for one in found if not any(f"{name}:" in one for name in setting)]
     # The default of `settings.environment` itself.
     assert [one.split(":")[0] for one in others] == ["src/defect_detection/settings.py"], others
@@ -89,6 +90,28 @@ def test_only_main_reads_the_environment_and_the_working_directory():
         source = (PACKAGE / name).read_text()
         written = re.findall(r"os\.environ(?:\.setdefault\(|\[\"\w+\"\] = )", source)
         assert source.count("os.environ") == len(written), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_set_the_environment_of_mlflow_before_it_is_imported(script):
+    program = f"""
+import importlib.abc, os, runpy, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "mlflow":
+            print("telemetry disabled:", os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
+
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, {str(ROOT / "src")!r})
+runpy.run_path({str(script)!r}, run_name="imported")
+import defect_detection.pipeline.record
+"""
+    environment = {name: value for name, value in os.environ.items() if "MLFLOW" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "telemetry disabled: true\n", done.stderr
 
 
 def test_functions_are_short_and_take_few_parameters():

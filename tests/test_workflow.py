@@ -137,7 +137,7 @@ def test_steps_of_the_workflow_pass_in_order_in_a_clean_clone(workflow, runner):
     for figure in ("escapes", "overkill"):
         rate = r"\d+ of \d+ \(\d+\.\d%, 95% bounds \d+\.\d% to \d+\.\d%\)"
         assert re.search(rf"^\| {figure} \| {rate} \| {rate} \|$", summary, re.M)
-    assert "No version was behind prod to compare with. Registered as" in summary
+    assert "There was no version in production to compare with. Registered as" in summary
     # Nothing that must outlive the next checkout lies in the work tree.
     kept = runner.files["GITHUB_ENV"].parent / "defect-detection"
     assert {path.name for path in kept.iterdir()} >= {"mlflow.db", "mlruns", "jobs"}

@@ -4,7 +4,7 @@
 
 The images are drawn, as many as the public casting set has for its test. The model is fitted for
 one epoch only, so the report shows as many mistakes as it ever does. The second evaluation finds a
-version behind prod to compare with.
+version in production to compare with.
 """
 
 import sys

@@ -266,7 +266,7 @@ def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, 
     assert [float(version.tags["acc_unseen"]) for version in found] == [figures["acc_unseen"]]
     assert [float(version.tags["leaked_share"]) for version in found] == [0.5]
     assert found[0].tags["test_digest"] == runs[1].data.params["testing_digest"]
-    assert "50.0% of them come from a photograph of training" in found[0].description
+    assert "50.0% of the images come from photographs of training" in found[0].description
 
     shutil.copy(data / "test/ok_front/part_009.jpeg", data / "train/ok_front/more.jpeg")
     again = project.succeed("src/evaluation.py", "--data", data)

@@ -156,8 +156,8 @@ def test_comparison_counts_who_alone_is_right_by_picture_and_by_photograph():
     [
         (Paired(10, 0, 40), "better"),
         (Paired(0, 10, 40), "worse"),
-        (Paired(3, 1, 40), "inside the noise"),
-        (Paired(2, 2, 40), "inside the noise"),
+        (Paired(3, 1, 40), "not significant"),
+        (Paired(2, 2, 40), "not significant"),
     ],
 )
 def test_comparison_is_judged_by_photograph(photographs, expected):

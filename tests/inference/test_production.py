@@ -76,7 +76,7 @@ def test_without_the_server_the_last_version_goes_on_and_that_is_said(line, capl
     shutil.copy(line.last_file(line.store), line.last_file(gone))
     assert line.production(gone).current() == kept
     assert f"The tracking server {gone} does not answer" in caplog.text
-    assert f"Taking {line.name} version 1, behind prod on {kept.asked_at}" in caplog.text
+    assert f"Using {line.name} version 1, in production on {kept.asked_at}" in caplog.text
     shutil.rmtree(kept.folder)
     with pytest.raises(PipelineError, match="does not answer"):
         line.production(gone).current()
@@ -114,7 +114,7 @@ def test_watch_goes_on_when_the_registry_is_lost_and_says_so_once(line, caplog, 
     while time.monotonic() < ended:
         assert not production.moved()
         time.sleep(0.05)
-    assert caplog.text.count("Going on with") == 1
+    assert caplog.text.count("Continuing with") == 1
     assert production.current().number == 1
 
 

@@ -170,7 +170,7 @@ def test_worse_model_goes_to_testing_and_the_alias_stays(trained, learnable, tmp
     shutil.copytree(learnable / "test" / "def_front", swapped / "test" / "ok_front")
     shutil.copytree(learnable / "test" / "ok_front", swapped / "test" / "def_front")
     printed = trained.succeed("src/evaluation.py", "--data", swapped)
-    assert "Registered as Testing_Reg version 1, below the threshold of 60%" in printed
+    assert "Registered as Testing_Reg version 1, below the test accuracy of 60%" in printed
     client = MlflowClient()
     assert str(client.get_model_version_by_alias("Testing_Reg", "re-train").version) == "1"
     assert str(client.get_model_version_by_alias("Production_Reg", "prod").version) == "1"
@@ -188,9 +188,9 @@ def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
     trained.configure(lambda config: config["decisions"].update(decide))
     printed = trained.succeed("src/evaluation.py", "--data", other)
     assert "models:/Production_Reg/1 scored again on these images: accuracy" in printed
-    assert "Compared with Production_Reg version 1, behind prod: the same" in printed
+    assert "Compared with Production_Reg version 1 (prod): the same" in printed
     assert "prod is version 1 with a test accuracy" in printed
-    assert "only a version that is better beyond chance replaces it" in printed
+    assert "only a version that is significantly better replaces it" in printed
     first, second = versions.with_accuracy("Production_Reg")
     assert first.acc == second.acc and first.test_digest == second.test_digest
     assert first.tags["acc_unseen"] == "unknown" != second.tags["acc_unseen"]
@@ -206,7 +206,7 @@ def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
     assert "version 1, test accuracy" in trained.run("src/inference.py", picture).stderr
     listed = trained.succeed("src/promote.py", "--list").splitlines()
     assert [line.split()[0] for line in listed if line.endswith("prod")] == ["*"]
-    assert "set aside, not better beyond chance" in listed[3]
+    assert "set aside, not significantly better" in listed[3]
     assert re.search(r"  3 -> 1  misses cracks  by .+ on \S+  commit [0-9a-f]{12}$", listed[7])
     assert "none -> 1  highest acc" in listed[9]
     assert "prod is version 1 of Production_Reg already" in trained.fail(

@@ -100,25 +100,25 @@ def line(store, tmp_path, monkeypatch, request) -> Line:
 def test_first_version_is_compared_with_none(line):
     first = line.register(60)
     assert first.in_production and first.champion is None and first.comparison is None
-    assert line.run.data.tags["comparison"] == "No version was behind prod to compare with."
+    assert line.run.data.tags["comparison"] == "There was no version in production to compare with."
 
 
-def test_difference_and_its_test_are_logged_and_a_small_one_is_called_noise(line):
+def test_difference_and_its_test_are_logged_and_a_small_one_is_not_significant(line):
     line.register(60)
     second = line.register(62)
     assert second.in_production and second.comparison.pictures == metrics.Paired(2, 0, 80)
     said = line.run.data.tags["comparison"]
-    assert said.startswith(f"Compared with {line.names.production_model_name} version 1, behind")
-    assert "prod: inside the noise; of images: difference +2.50%" in said
+    start = f"Compared with {line.names.production_model_name} version 1 (prod): not significant; "
+    assert said.startswith(f"{start}of images: difference +2.50%")
     assert second.version.tags["comparison"] == said
     assert line.run.data.metrics["pictures_difference"] == 0.025
     assert line.run.data.metrics["photographs_p_value"] == 0.5
 
 
-def test_rule_significant_moves_the_alias_only_beyond_chance(line):
+def test_rule_significant_moves_the_alias_only_if_significantly_better(line):
     line.register(60)
     second = line.register(63, "significant")
-    assert not second.in_production and "only a version that is better beyond" in second.decision
+    assert not second.in_production and "only a version that is significantly better" in second.decision
     assert line.prod.number == 1
     third = line.register(72, "significant")
     assert third.in_production and third.comparison.verdict == "better"
@@ -153,7 +153,6 @@ def test_champion_that_cannot_be_run_is_said_and_replaced(line):
     line.models.clear()
     second = line.register(60)
     assert second.in_production and second.comparison is None
-    said = (
-        f"{line.names.production_model_name} version 1, behind prod, cannot be run: not compared."
-    )
+    name = line.names.production_model_name
+    said = f"{name} version 1 (prod) was not compared, since it cannot be run."
     assert line.run.data.tags["comparison"] == said

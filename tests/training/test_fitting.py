@@ -93,7 +93,7 @@ def test_each_picture_is_judged_by_a_fit_that_saw_nothing_of_its_photograph(
     parameters = replace(PARAMETERS, epochs=1, validation_share=0.5)
     parts = [np.flatnonzero(np.isin(told.photographs[~told.varied], range(0, 15)))]
     parts.append(np.flatnonzero(~np.isin(told.photographs[~told.varied], range(0, 15))))
-    monkeypatch.setattr(fitting.holdout, "validation_parts", lambda *_: parts)
+    monkeypatch.setattr(fitting.holdout, "validation_folds", lambda *_: parts)
     truly, lied = (fitting.fit(build(kind), one, parameters) for one in (told, lied))
     first = parts[0]  # its fit saw the photographs from 15 on only
     np.testing.assert_allclose(

@@ -164,6 +164,8 @@ def _verdict(audit: Audit) -> str:
         for paths, what in (
             (audit.two_labels, "with two labels"),
             (audit.unreadable, "unreadable"),
+            (audit.duplicates, "in more than one file"),
+            (audit.odd_sized, "of an odd size"),
         )
         if paths
     ]

@@ -1,4 +1,4 @@
-"""Divides images into parts, whole photographs only.
+"""Divides images into folds, whole photographs only.
 
 With images of one photograph on both sides of a split, a model could score well by memorising.
 """
@@ -37,19 +37,19 @@ def hold_out(
     raise _too_few(labels, photographs, share)
 
 
-def validation_parts(
+def validation_folds(
     labels: np.ndarray, photographs: np.ndarray, share: float, seed: int
 ) -> list[np.ndarray]:
-    """Divide images into parts, each of which validates a fit to the others.
+    """Divide images into folds, each of which validates a fit to the others.
 
     Args:
         labels: (n,), 1 = defect.
         photographs: (n,) number of the photograph that each image comes from.
-        share: of the images in a part, in (0, 1); it grows if there are few photographs.
+        share: of the images in a fold, in (0, 1); it grows if there are few photographs.
         seed: decides which photographs go together.
 
     Returns:
-        Sorted indices of each part; together they are all images.
+        Sorted indices of each fold; together they are all images.
 
     Raises:
         PipelineError: a class has too few photographs to have one on each side.
@@ -81,7 +81,7 @@ def folds(
 
 
 def _counts(share: float) -> range:
-    """Return the numbers of parts to try: that of the share, then fewer and larger ones."""
+    """Return the numbers of folds to try: that of the share, then fewer and larger ones."""
     return range(max(2, round(1 / share)), 1, -1)
 
 

@@ -117,8 +117,9 @@ class Paired:
             return f"no difference on any of {self.of}"
         low, high = self.bounds
         return (
-            f"difference {self.difference:+.2%}, 95% bounds {low:+.2%} to {high:+.2%}, right alone "
-            f"{self.challenger_only} to {self.champion_only}, McNemar's p {self.p_value:.3g}"
+            f"difference {self.difference:+.2%}, 95% bounds {low:+.2%} to {high:+.2%}, only the "
+            f"challenger right {self.challenger_only}, only the champion right "
+            f"{self.champion_only}, McNemar's p {self.p_value:.3g}"
         )
 
 
@@ -131,14 +132,14 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The challenger is "better", "worse", "the same" or "inside the noise".
+        """The challenger is "better", "worse", "the same" or "not significant".
 
         Tested by photograph, since images of one photograph are not independent.
         """
         if not self.pictures.difference and not self.photographs.difference:
             return "the same"
         if self.photographs.p_value >= SIGNIFICANT:
-            return "inside the noise"
+            return "not significant"
         return "better" if self.photographs.difference > 0 else "worse"
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ def fetch(source: Source) -> LocalVersion:
 
     Raises:
         PipelineError: no version is in production, or its files cannot be fetched.
-        StoreError: the registry is away.
+        StoreError: the registry cannot be reached.
     """
     from defect_detection.registry import store, versions
 

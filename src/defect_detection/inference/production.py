@@ -90,11 +90,11 @@ class Production:
         self._ask()
 
     def current(self) -> LocalVersion:
-        """Return the version in production; if the registry is away, the last known one.
+        """Return the version in production; if the registry cannot be reached, the last known one.
 
         Raises:
-            PipelineError: there is no version in production, or the registry is away and no
-                version is known.
+            PipelineError: there is no version in production, or the registry cannot be reached
+                and no version is known.
         """
         if self._version is None:
             self._version = self._answer()
@@ -114,7 +114,7 @@ class Production:
             self._version = self._answer()
         except PipelineError as error:  # for instance, the alias was deleted
             if not self._lost:
-                log.warning("Going on with %s: %s", before, error)
+                log.warning("Continuing with %s: %s", before, error)
             self._lost = True
         return self.current().folder != before.folder
 
@@ -152,7 +152,7 @@ class Production:
         if not answer["store"] or last is None:
             raise PipelineError(answer["error"])
         if not self._lost:
-            log.warning("%s. Taking %s, behind prod on %s", answer["error"], last, last.asked_at)
+            log.warning("%s. Using %s, in production on %s", answer["error"], last, last.asked_at)
         self._lost = True
         return last
 

@@ -123,7 +123,7 @@ class RowFile:
             if cut_off or (found is None and whole):
                 raise PipelineError(
                     f"{path}: row {number} is no verdict with the columns {','.join(COLUMNS)}. "
-                    f"Give another file, or leave --resume out to write it anew"
+                    f"Give another file, or omit --resume to overwrite it"
                 )
             cut_off = not whole  # only the last can be incomplete
             if not cut_off and found is not None:

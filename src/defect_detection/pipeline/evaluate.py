@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import mlflow
-
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import parity, report, robustness
@@ -66,7 +64,7 @@ def evaluate_and_register(
         Origin(record.run_id(), record.commit()),
     )
     record.page(page)
-    tell.report(mlflow.get_artifact_uri(report.FILE))
+    tell.report(record.page_uri())
     return done.version
 
 

@@ -11,7 +11,7 @@ from defect_detection.dataset.split import Dataset
 from defect_detection.evaluation import metrics
 from defect_detection.evaluation.metrics import Scores
 from defect_detection.runtime.classifier import Classifier
-from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint
 from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
 from defect_detection.settings import Decisions, FitParameters, Sampling
@@ -56,12 +56,12 @@ class Fit:
     Attributes:
         plan: how it was made.
         result: the Keras model, its history and what it says about held-out photographs.
-        served: its LiteRT form with the operating point and out-of-distribution limits.
+        point: its threshold and review band.
     """
 
     plan: FitPlan
     result: "TrainingResult"
-    served: ServedModel
+    point: OperatingPoint
 
 
 def fit(
@@ -70,7 +70,7 @@ def fit(
     on_device: "Callable[[Device], None]",
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> Fit:
-    """Fit a model to images, choose its operating point and convert it to LiteRT.
+    """Fit a model to images and choose its operating point.
 
     Args:
         plan: how.
@@ -82,7 +82,7 @@ def fit(
         PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
             and the plan demands one, or the pretrained weights or disk space are lacking.
     """
-    from defect_detection.training import calibration, devices, features, fitting, network
+    from defect_detection.training import calibration, devices, features, fitting
 
     _require_photographs(plan, data.labels, data.photographs)
     with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
@@ -92,19 +92,27 @@ def fit(
         computed = features.compute(model, data, plan.sampling)
         result = fitting.fit(model, computed, plan.parameters, on_epoch)
     held_out, decisions = result.held_out, plan.decisions
-    served = ServedModel(
-        litert=network.to_litert(result.model, plan.quantize),
-        image_size=data.image_size,
-        point=calibration.choose_operating_point(
-            held_out.labels,
-            held_out.probabilities,
-            decisions.max_escape_rate,
-            decisions.review_share,
-        ),
-        ood=OodDetector.fit(data.images),
-        quantize=plan.quantize,
+    point = calibration.choose_operating_point(
+        held_out.labels,
+        held_out.probabilities,
+        decisions.max_escape_rate,
+        decisions.review_share,
     )
-    return Fit(plan, result, served)
+    return Fit(plan, result, point)
+
+
+def to_served(fitted: Fit, data: Dataset) -> ServedModel:
+    """Convert a fitted model to LiteRT; its out-of-distribution limits are those of `data`."""
+    from defect_detection.training import network
+
+    quantize = fitted.plan.quantize
+    return ServedModel(
+        litert=network.to_litert(fitted.result.model, quantize),
+        image_size=data.image_size,
+        point=fitted.point,
+        ood=OodDetector.fit(data.images),
+        quantize=quantize,
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def cross_validate(
 ) -> list[Fold]:
     """Fit a model for each fold of the images and score it on the fold.
 
-    No photograph is divided, neither by the folds nor by the parts of the other folds that are
+    No photograph is divided, neither by the folds nor by the inner folds of the others that are
     held out to choose the best epoch.
 
     Args:
@@ -181,4 +189,4 @@ def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: in
 def _require_photographs(plan: FitPlan, labels: np.ndarray, photographs: np.ndarray) -> None:
     """Raise PipelineError if there are too few photographs, before minutes of computing."""
     share, seed = plan.parameters.validation_share, plan.parameters.seed
-    holdout.validation_parts(labels, photographs, share, seed)
+    holdout.validation_folds(labels, photographs, share, seed)

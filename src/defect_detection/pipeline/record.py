@@ -1,6 +1,8 @@
 """The one place that writes results into the active MLflow run."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from defect_detection.pipeline.fit import Fit, FitPlan, Fold
 from defect_detection.registry import saved_model
 from defect_detection.registry.versions import Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+from defect_detection.runtime.model_files import ServedModel
 
 if TYPE_CHECKING:
     from defect_detection.training.devices import Device
@@ -43,6 +46,18 @@ class Trained:
     seconds: float
     run_id: str
     model_uri: str
+
+
+@contextmanager
+def run(experiment: str, name: str, tags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Open a run for the block, in the experiment with the id `experiment`."""
+    with mlflow.start_run(experiment_id=experiment, run_name=name, tags=dict(tags or {})):
+        yield
+
+
+def started_from(source: str) -> None:
+    """Log in words what a retraining starts from."""
+    mlflow.set_tag("started_from", source)
 
 
 def dataset(data: Dataset, context: str) -> None:
@@ -89,16 +104,16 @@ def epoch(number: int, values: dict[str, float]) -> None:
     mlflow.log_metrics(values, step=number)
 
 
-def fit(fitted: Fit, example: bytes) -> Trained:
-    """Log a fitted model: figures, curves and the model itself with an example image file."""
-    result, served, decisions = fitted.result, fitted.served, fitted.plan.decisions
+def fit(fitted: Fit) -> None:
+    """Log the figures and the learning curves of a fit."""
+    result, decisions = fitted.result, fitted.plan.decisions
     mlflow.log_params(
         {
             "fits": result.fits,
             "validation_pictures": len(result.held_out.labels),
             "max_escape_rate": decisions.max_escape_rate,
             "review_share": decisions.review_share,
-            "quantize": served.quantize,
+            "quantize": fitted.plan.quantize,
         }
     )
     mlflow.log_metrics(
@@ -109,10 +124,15 @@ def fit(fitted: Fit, example: bytes) -> Trained:
             "calibration_shift": result.calibration.shift,
         }
         | {f"best_{key}": value for key, value in result.best.items()}
-        | asdict(served.point)
+        | asdict(fitted.point)
     )
     curves = figures.learning_curves(fitted.plan.name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
+
+
+def model(fitted: Fit, served: ServedModel, example: bytes) -> Trained:
+    """Log a fitted model and its LiteRT form, with an example image file."""
+    result = fitted.result
     return Trained(
         name=fitted.plan.name,
         best_epoch=result.best_epoch,
@@ -183,6 +203,11 @@ def decision(said: str) -> None:
 def page(html: str) -> None:
     """Log the report of an evaluation."""
     mlflow.log_text(html, report.FILE)
+
+
+def page_uri() -> str:
+    """Return where the report of the active run is."""
+    return str(mlflow.get_artifact_uri(report.FILE))
 
 
 def run_id() -> str:

@@ -34,7 +34,7 @@ class Rules:
     Attributes:
         names: of the registered models, and the accuracy that production takes.
         promotion: "highest_acc", or "significant": the version may get the alias only if it is
-            better than the champion beyond chance.
+            significantly better than the champion.
         by: the user or the CI run that registers.
     """
 
@@ -62,10 +62,10 @@ class Decision:
     def compared(self) -> str:
         """Return the comparison with the champion in words."""
         if self.champion is None:
-            return "No version was behind prod to compare with."
-        known = f"{self.champion.name} version {self.champion.number}, behind {PRODUCTION_ALIAS}"
+            return "There was no version in production to compare with."
+        known = f"{self.champion.name} version {self.champion.number} ({PRODUCTION_ALIAS})"
         if self.comparison is None:
-            return f"{known}, cannot be run: not compared."
+            return f"{known} was not compared, since it cannot be run."
         return f"Compared with {known}: {self.comparison}"
 
 
@@ -120,8 +120,8 @@ def describe(
 ) -> tuple[str, dict[str, str]]:
     """Return the description and the tags of the version beside `acc`."""
     description = (
-        f"{evaluation.summary()} {evaluation.split.leaked_share:.1%} of them come from a "
-        f"photograph of training; {evaluation.unseen}. Validation accuracy "
+        f"{evaluation.summary()} {evaluation.split.leaked_share:.1%} of the images come "
+        f"from photographs of training; {evaluation.unseen}. Validation accuracy "
         f"{model.val_accuracy:.4f}."
     )
     tags = evaluation.tags()
@@ -135,7 +135,7 @@ def describe(
 def _queue(version: Version, names: MLflowNames) -> str:
     queued = versions.queue_for_retraining(names)
     return (
-        f"Registered as {version.name} version {version.number}, below the threshold of "
+        f"Registered as {version.name} version {version.number}, below the test accuracy of "
         f"{names.evaluation_threshold:.0%}; {names.testing_model_alias} is version {queued.number}"
     )
 
@@ -150,5 +150,5 @@ def _promote(
         f"{first.number} with a test accuracy of {first.acc:.4f}"
     )
     if not version.qualified:
-        said += ", since only a version that is better beyond chance replaces it"
+        said += ", since only a version that is significantly better replaces it"
     return said, first.number == version.number

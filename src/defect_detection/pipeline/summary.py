@@ -134,7 +134,7 @@ class Summary:
                 f"| overkill | {said['overkill']} | {said['overkill_by_photograph']} |",
                 f"| sent to a person | {said['sent_to_a_person']} | |",
                 "",
-                f"{said['leakage']} Otherwise: {said['unseen']}.",
+                f"{said['leakage']} On new parts: {said['unseen']}.",
                 "",
                 f"{said['comparison']} {said['decision']}.",
                 "",

@@ -8,20 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# MLflow reads these when it is imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # plants may have no internet
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-# Retries then last half a minute; by default they last more than four minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files of 1 MB
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git a run only lacks its commit
+import mlflow
+import sqlalchemy
+from mlflow.exceptions import MlflowException
 
-import mlflow  # noqa: E402
-import sqlalchemy  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-
-from defect_detection import PipelineError, StoreError  # noqa: E402
-from defect_detection.atomic import require_writable  # noqa: E402
+from defect_detection import PipelineError, StoreError
+from defect_detection.atomic import require_writable
 
 CONNECT_SECONDS = 10
 

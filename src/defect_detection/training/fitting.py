@@ -1,4 +1,4 @@
-"""Fits a model once for each held-out part of the photographs, and merges the fits."""
+"""Fits a model once for each held-out fold of the photographs, and merges the fits."""
 
 import math
 import time
@@ -86,9 +86,9 @@ def fit(
 ) -> TrainingResult:
     """Fit the layers that are not frozen with AdamW and binary cross-entropy; calibrate the model.
 
-    The photographs are divided into parts. For each part, a copy of the model is fitted to the
-    variants of the other parts and validated on the part's plain images. The best epoch and the
-    calibration are chosen by the validation of all parts together. The result has the mean of the
+    The photographs are divided into folds. For each fold, a copy of the model is fitted to the
+    variants of the other folds and validated on the fold's plain images. The best epoch and the
+    calibration are chosen by the validation of all folds together. The result has the mean of the
     fits' weights, with its log-odds matched to theirs. A model that was fitted before is
     fine-tuned and keeps its calibration: it may have seen every photograph, and would become more
     confident each time.
@@ -107,10 +107,10 @@ def fit(
     plain = np.flatnonzero(~features.varied)
     labels, photographs = features.labels[plain], features.photographs[plain]
     share, seed = parameters.validation_share, parameters.seed
-    parts = holdout.validation_parts(labels, photographs, share, seed)
-    fits = _Fits(model, features, parameters, [np.unique(photographs[part]) for part in parts])
-    best, history = _run(fits, plain, parts, on_epoch)
-    fits.merge(best.states, plain, parts)
+    folds = holdout.validation_folds(labels, photographs, share, seed)
+    fits = _Fits(model, features, parameters, [np.unique(photographs[fold]) for fold in folds])
+    best, history = _run(fits, plain, folds, on_epoch)
+    fits.merge(best.states, plain, folds)
     calibrated = Calibration(1, 0)
     if new:
         weights = photograph_weights(labels, photographs)
@@ -122,7 +122,7 @@ def fit(
         history=history,
         calibration=calibrated,
         held_out=HeldOut(labels, calibrated.apply(best.probabilities), photographs),
-        fits=len(parts),
+        fits=len(folds),
         seconds=time.perf_counter() - started,
     )
 
@@ -139,7 +139,7 @@ class _Best:
 def _run(
     fits: "_Fits",
     plain: np.ndarray,
-    parts: list[np.ndarray],
+    folds: list[np.ndarray],
     on_epoch: Report,
 ) -> tuple[_Best, dict[str, list[float]]]:
     """Run all epochs; return the best one, and the metrics of all by name.
@@ -152,7 +152,7 @@ def _run(
     labels, photographs = fits.features.labels[plain], fits.features.photographs[plain]
     for epoch in range(1, fits.parameters.epochs + 1):
         figures = fits.run(epoch)
-        found = fits.judge(plain, parts)
+        found = fits.judge(plain, folds)
         figures |= _validation(HeldOut(labels, found, photographs))
         for name, value in figures.items():
             history.setdefault(name, []).append(value)
@@ -190,9 +190,9 @@ def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarra
 
 
 class _Fits:
-    """The fits of a model, one for each part of the photographs.
+    """The fits of a model, one for each fold of the photographs.
 
-    A linear head is fitted for all parts at once. Other models are fitted one after another,
+    A linear head is fitted for all folds at once. Other models are fitted one after another,
     each to its share of the variants, so that an epoch takes about as long.
     """
 
@@ -201,7 +201,7 @@ class _Fits:
         model: keras.Model,
         features: Features,
         parameters: FitParameters,
-        parts: list[np.ndarray],
+        folds: list[np.ndarray],
     ):
         self._model, self.features, self.parameters = model, features, parameters
         self._fitted = network.fitted(model)
@@ -209,11 +209,11 @@ class _Fits:
         heads = [v for layer in self._fitted.layers if layer.name in head for v in layer.variables]
         blocks = [v for v in self._fitted.trainable_variables if all(v is not h for h in heads)]
         self._at_once = not blocks and network.has_features(model)
-        self._learner = network.several(model, len(parts)) if self._at_once else self._fitted
+        self._learner = network.several(model, len(folds)) if self._at_once else self._fitted
 
         self._varied = np.flatnonzero(features.varied)
-        self._weights = np.stack([self._weigh(part) for part in parts], axis=1)
-        columns = [np.arange(len(parts))] if self._at_once else np.arange(len(parts))[:, np.newaxis]
+        self._weights = np.stack([self._weigh(fold) for fold in folds], axis=1)
+        columns = [np.arange(len(folds))] if self._at_once else np.arange(len(folds))[:, np.newaxis]
         self._columns = list(columns)
 
         count = math.ceil(len(self._rows(1, 0)) / parameters.batch_size)
@@ -248,17 +248,17 @@ class _Fits:
         loss, right, weight = total
         return {"loss": float(loss / weight), "accuracy": float(right / weight)}
 
-    def judge(self, plain: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    def judge(self, plain: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
         """Return the probability of each image by the fit that held it out."""
         found = np.empty(len(plain), np.float32)
         if self._at_once:
             each = self._predict(plain)
-            for number, part in enumerate(parts):
-                found[part] = each[part, number]
+            for number, fold in enumerate(folds):
+                found[fold] = each[fold, number]
             return found
-        for number, part in enumerate(parts):
+        for number, fold in enumerate(folds):
             self._restore(self._states[number])
-            found[part] = self._predict(plain[part])[:, 0]
+            found[fold] = self._predict(plain[fold])[:, 0]
         return found
 
     def states(self) -> list[list[np.ndarray]]:
@@ -266,7 +266,7 @@ class _Fits:
         return list(self._states)
 
     def merge(
-        self, states: list[list[np.ndarray]], plain: np.ndarray, parts: list[np.ndarray]
+        self, states: list[list[np.ndarray]], plain: np.ndarray, folds: list[np.ndarray]
     ) -> None:
         """Give the model the mean of the fits' weights, and match its log-odds to theirs.
 
@@ -277,14 +277,14 @@ class _Fits:
         Args:
             states: as `states` returned them.
             plain: numbers of the images as they are.
-            parts: indices in `plain` that each fit held out.
+            folds: indices in `plain` that each fit held out.
         """
         some = np.linspace(0, len(plain) - 1, min(len(plain), AGREED)).astype(int)
         each = []
         for state in states:
             self._restore(state)
             each.append(self._predict(plain[some]))
-        learned = np.stack([~np.isin(some, part) for part in parts], axis=1)
+        learned = np.stack([~np.isin(some, fold) for fold in folds], axis=1)
         together = calibration.mean_in_log_odds(np.concatenate(each, axis=1), learned)
         self._put_mean(states)
         found = self._predict(plain[some], self._fitted)[:, 0]
@@ -302,10 +302,10 @@ class _Fits:
             each = self._learner.get_layer(name).get_weights()
             self._model.get_layer(name).set_weights([one.mean(-1, keepdims=True) for one in each])
 
-    def _weigh(self, part: np.ndarray) -> np.ndarray:
-        """Return a fit's weights of the variants: 0 for its part, equal sums for both classes."""
+    def _weigh(self, fold: np.ndarray) -> np.ndarray:
+        """Return a fit's weights of the variants: 0 for its fold, equal sums for both classes."""
         labels = self.features.labels[self._varied]
-        weights = (~np.isin(self.features.photographs[self._varied], part)).astype(np.float32)
+        weights = (~np.isin(self.features.photographs[self._varied], fold)).astype(np.float32)
         half = weights.sum() / 2
         for label in (0, 1):
             of_class = weights[labels == label].sum()
