@@ -118,7 +118,8 @@ def test_difference_and_its_test_are_logged_and_a_small_one_is_not_significant(l
 def test_rule_significant_moves_the_alias_only_if_significantly_better(line):
     line.register(60)
     second = line.register(63, "significant")
-    assert not second.in_production and "only a version that is significantly better" in second.decision
+    assert not second.in_production
+    assert "only a version that is significantly better replaces it" in second.decision
     assert line.prod.number == 1
     third = line.register(72, "significant")
     assert third.in_production and third.comparison.verdict == "better"
