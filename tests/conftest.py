@@ -174,6 +174,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     Project.cache = tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what MLflow does when it loads a model: its code comes first on the path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 class Project:
     """A copy of the project in a folder of its own, with small models that are fitted quickly.
 

@@ -139,12 +139,19 @@ def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
     """Load a logged or registered model for training, not compiled.
 
     Raises:
-        PipelineError: it takes images of another size.
+        PipelineError: it takes images of another size, or this Keras cannot read it.
     """
     native_output.silence_tensorflow()
+    import keras
     import mlflow.tensorflow
 
-    model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
+    try:
+        model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
+    except (TypeError, ValueError) as error:
+        raise PipelineError(
+            f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, which is "
+            f"older on Python 3.10 than on 3.11 and 3.12. Use the Python that it was trained with"
+        ) from error
     size = model.input_shape[1:3]
     if size != tuple(image_size):
         raise PipelineError(

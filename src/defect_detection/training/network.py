@@ -49,7 +49,7 @@ def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
     pretrained_blocks = _pretrained(enlarged.shape[1:], hyper.blocks)
     features = pretrained_blocks(enlarged)
     if hyper.views == 2:
-        turned = ops.flip(pretrained_blocks(ops.flip(enlarged, (1, 2))), (1, 2))
+        turned = _turn(pretrained_blocks(_turn(enlarged)))
         features = layers.Average(name=FEATURES)([features, turned])
     else:
         features = layers.Identity(name=FEATURES)(features)
@@ -90,6 +90,11 @@ def several(model: keras.Model, count: int) -> keras.Model:
         repeat = 1 if name == STANDARDISED else count
         made.get_layer(name).set_weights([np.repeat(one, repeat, axis=-1) for one in weights])
     return made
+
+
+def _turn(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Rotate by 180 degrees; one axis at a time, since Keras 3.12 flips no two at once."""
+    return ops.flip(ops.flip(x, 1), 2)
 
 
 def _enlarge(x: keras.KerasTensor) -> keras.KerasTensor:
