@@ -105,6 +105,13 @@ def test_planted_label_conflict_is_found_and_named(data, cache):
     assert "train/def_front/same.jpeg  and  train/ok_front/1.jpeg" in said
 
 
+def test_duplicates_and_odd_sizes_are_named_in_the_first_line(data, cache):
+    shutil.copy(data / "train/def_front/2.jpeg", data / "train/def_front/again.jpeg")
+    Image.new("L", (64, 48), 90).save(data / "test/def_front/small.png")
+    said = audit.text(inspect(data, cache))
+    assert said.startswith("Look at these first: 1 in more than one file, 1 of an odd size. No")
+
+
 def test_unreadable_empty_and_odd_sized_pictures_are_named(data, cache):
     for number in range(6):  # more than training would take
         (data / "train/ok_front" / f"empty{number}.png").write_bytes(b"")

@@ -98,6 +98,17 @@ def test_its_keras_model_can_be_trained_further(registered):
     assert model.trainable_weights
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="its Keras cannot read the whole file")
+def test_a_damaged_keras_model_is_not_blamed_on_the_python_version(kept, tmp_path):
+    copied = shutil.copytree(kept / "model", tmp_path / "model")
+    damaged = copied / "data" / "model.keras"
+    content = damaged.read_bytes()
+    for left in (b"", content[:2000], content[:-2000] + bytes(2000)):
+        damaged.write_bytes(left)
+        with pytest.raises(PipelineError, match="since it is damaged .*. Train a new one"):
+            saved_model.load_keras(copied.as_uri(), (32, 32))
+
+
 def test_its_folder_serves_without_a_registry(kept, parts, verdicts):
     found = Classifier.load(kept / "model").classify(parts[0])
     assert found.verdict == verdicts[0]["verdict"]

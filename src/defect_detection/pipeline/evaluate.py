@@ -63,8 +63,7 @@ def evaluate_and_register(
         plan.max_escape_rate,
         Origin(record.run_id(), record.commit()),
     )
-    record.page(page)
-    tell.report(record.page_uri())
+    tell.report(record.page(page))
     return done.version
 
 

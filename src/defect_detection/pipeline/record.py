@@ -1,7 +1,7 @@
 """The one place that writes results into the active MLflow run."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -49,9 +49,9 @@ class Trained:
 
 
 @contextmanager
-def run(experiment: str, name: str, tags: Mapping[str, str] | None = None) -> Iterator[None]:
+def run(experiment: str, name: str, tags: dict[str, str] | None = None) -> Iterator[None]:
     """Open a run for the block, in the experiment with the id `experiment`."""
-    with mlflow.start_run(experiment_id=experiment, run_name=name, tags=dict(tags or {})):
+    with mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags):
         yield
 
 
@@ -200,13 +200,9 @@ def decision(said: str) -> None:
     mlflow.set_tag("decision", said)
 
 
-def page(html: str) -> None:
-    """Log the report of an evaluation."""
+def page(html: str) -> str:
+    """Log the report of an evaluation; return where it is."""
     mlflow.log_text(html, report.FILE)
-
-
-def page_uri() -> str:
-    """Return where the report of the active run is."""
     return str(mlflow.get_artifact_uri(report.FILE))
 
 

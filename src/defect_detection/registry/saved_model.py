@@ -6,6 +6,7 @@ inference and `mlflow models serve` run the LiteRT form, whose files `runtime.mo
 
 import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -139,7 +141,7 @@ def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
     """Load a logged or registered model for training, not compiled.
 
     Raises:
-        PipelineError: it takes images of another size, or this Keras cannot read it.
+        PipelineError: it takes images of another size, or its file is damaged or newer than Keras.
     """
     native_output.silence_tensorflow()
     import keras
@@ -147,10 +149,17 @@ def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
 
     try:
         model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
-    except (TypeError, ValueError) as error:
+    # Keras raises all of these for a file that is damaged or was written by a newer version.
+    except (TypeError, ValueError, OSError, KeyError, BadZipFile) as error:
+        older = sys.version_info < (3, 11)  # Keras has no newer version for Python 3.10
         raise PipelineError(
-            f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, which is "
-            f"older on Python 3.10 than on 3.11 and 3.12. Use the Python that it was trained with"
+            f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, "
+            + (
+                "which is older on Python 3.10 than on 3.11 and 3.12. Use the Python that it was "
+                "trained with"
+                if older
+                else f"since it is damaged ({first_line(error)}). Train a new one"
+            )
         ) from error
     size = model.input_shape[1:3]
     if size != tuple(image_size):
