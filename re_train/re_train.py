@@ -6,7 +6,7 @@ src/config.yaml: a new model has the layers and the learning rate of its first s
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +26,10 @@ from defect_detection.pipeline.fit import FitPlan  # noqa: E402
 from defect_detection.pipeline.register import Rules  # noqa: E402
 from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
+from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
 from defect_detection.service.jobs import Reporter  # noqa: E402
 from defect_detection.settings import (  # noqa: E402
+    Color,
     Config,
     FitParameters,
     HyperParameters,
@@ -42,6 +44,19 @@ if TYPE_CHECKING:
 RETRAIN_FILE = ROOT / "re_train" / "re_train.yaml"
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a retraining starts from.
+
+    Attributes:
+        version: to fine-tune, None to fit a new model.
+        takes: the pixels that it takes.
+    """
+
+    version: Version | None
+    takes: ImageFormat
+
+
 def main() -> None:
     """Read settings, data and model; then fine-tune, evaluate, register, and try two images."""
     parser = cli.parser(__doc__, "python re_train/re_train.py --epochs 3")
@@ -54,18 +69,19 @@ def main() -> None:
     cache = settings.from_root(config.paths.cache)
     folder = DataFolder.choose(options.data, env, own.paths.data_path, cache)
     device, reporter = settings.device(env), Reporter(env)
-    rules = Rules(own.mlflow, config.decisions.promotion, promotion.actor(env))
-    evaluation = EvaluationPlan(rules, config.decisions.max_escape_rate, prefix="test_")
+    rules = Rules(own.mlflow, config.decisions, promotion.actor(env))
+    evaluation = EvaluationPlan(rules, prefix="test_")
 
     with store.connected(settings.tracking_uri(env)):
         experiment = store.open_experiment(own.mlflow.experiment_name)
-        split = splits.load(folder, own.model_parameters.image_size)
-        print(split.leakage)
         examples = folder.examples(own.inference_examples, print)
         start = choose_start(own.mlflow)
         source = describe(start, own.mlflow)
         print(f"Starting from {source}", flush=True)
-        planned = plan(config, own, overrides, start, device)
+        takes = choose_format(start, folder, own, config.model_parameters.color)
+        split = splits.load(folder, takes)
+        print(split.leakage, flush=True)
+        planned = plan(config, own, overrides, Start(start, takes), device)
         with record.run(experiment, "re-train"):
             record.started_from(source)
             record.dataset(split.training, "training")
@@ -98,22 +114,35 @@ def describe(start: Version | None, names: MLflowNames) -> str:
     return f"{start.name} version {start.number} ({alias})"
 
 
+def choose_format(
+    start: Version | None, folder: DataFolder, own: RetrainConfig, color: Color
+) -> ImageFormat:
+    """Return the pixels that the model takes: those that the version to fine-tune takes."""
+    if start is None:
+        return folder.image_format(own.model_parameters.image_size, color)
+    takes = saved_model.load_classifier(start.uri).takes
+    configured = own.model_parameters.image_size
+    if (takes.height, takes.width) != configured:
+        print(f"It takes images of {takes}; image_size {list(configured)} is for a new model")
+    return takes
+
+
 def plan(
     config: Config,
     own: RetrainConfig,
     overrides: RetrainOverrides,
-    start: Version | None,
+    start: Start,
     device: str,
 ) -> FitPlan:
     """Return how the model is fitted."""
     shared, first = config.model_parameters, config.model_parameters.sets[0]
     parameters = replace(own.model_parameters, **overrides.given())
-    if start is None and overrides.learning_rate is None:
+    if start.version is None and overrides.learning_rate is None:
         # The rate for fine-tuning is too low to fit a new model.
         parameters = replace(parameters, learning_rate=first.learning_rate)
     return FitPlan(
         name="re-train",
-        make_model=partial(make_model, start, parameters.image_size, first),
+        make_model=partial(make_model, start, first),
         parameters=FitParameters(
             parameters.learning_rate,
             first.weight_decay,
@@ -126,19 +155,17 @@ def plan(
         decisions=config.decisions,
         quantize=shared.quantize,
         device=device,
-        layers=first.layers() if start is None else {},
+        layers=first.layers() if start.version is None else {},
     )
 
 
-def make_model(
-    start: Version | None, image_size: tuple[int, int], hyper: HyperParameters
-) -> "keras.Model":
+def make_model(start: Start, hyper: HyperParameters) -> "keras.Model":
     """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`."""
     from defect_detection.training import network  # TensorFlow takes 4 s to import
 
-    if start is None:
-        return network.build(image_size, hyper)
-    return saved_model.load_keras(start.uri, image_size)
+    if start.version is None:
+        return network.build(start.takes.shape, hyper)
+    return saved_model.load_keras(start.version.uri)
 
 
 def report_epoch(

@@ -44,12 +44,12 @@ def main() -> int:
     parameters, cache = config.model_parameters, settings.from_root(config.paths.cache)
     env = settings.environment()
     folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    takes = folder.image_format(parameters.image_size, parameters.color)
 
     if options.resplit:
-        seed, image_size = parameters.seed, parameters.image_size
-        written = split.resplit(folder, options.resplit, seed, image_size)
+        written = split.resplit(folder, options.resplit, parameters.seed, takes)
         print(f"Written: {written}. Delete it to undo this.\n")
-    found = audit.inspect(folder, parameters.image_size)
+    found = audit.inspect(folder, takes)
     print(audit.text(found))
     if options.json:
         with replace_atomically(options.json) as temporary:

@@ -25,13 +25,12 @@ def main() -> None:
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     cache = settings.from_root(config.paths.cache)
     folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
-    rules = Rules(config.mlflow, config.decisions.promotion, promotion.actor(env))
-    plan = EvaluationPlan(rules, config.decisions.max_escape_rate)
+    plan = EvaluationPlan(Rules(config.mlflow, config.decisions, promotion.actor(env)))
 
     with store.connected(settings.tracking_uri(env)):
         best = BestModel.read(settings.from_root(config.paths.best_model))
         classifier = saved_model.load_classifier(best.model_uri)
-        split = splits.load(folder, classifier.image_size)
+        split = splits.load(folder, classifier.takes)
         if split.training.digest != best.data_digest:
             print(f"{split.training} has changed since this model was trained on it")
         experiment = store.open_experiment(f"eval/{config.mlflow.experiment_name}")

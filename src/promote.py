@@ -55,6 +55,7 @@ def versions_table(name: str, known: list[Version], production: Version | None) 
         state = [PRODUCTION_ALIAS] if here else []
         state += ["set aside"] if version.set_aside else []
         state += [] if version.qualified else ["not significantly better"]
+        state += [] if version.released else [f"not released: {version.why_not_released}"]
         try:
             unseen = f"{float(version.tags['acc_unseen']):.4f}"
         except (KeyError, ValueError):

@@ -22,7 +22,8 @@ from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.fit import FitPlan, Fold
 from defect_detection.pipeline.record import TRAINING_TAG, Trained
 from defect_detection.registry import store
-from defect_detection.settings import Config, HyperParameters, ModelParameters
+from defect_detection.runtime.preprocessing import ImageFormat
+from defect_detection.settings import Config, HyperParameters
 
 if TYPE_CHECKING:
     import keras
@@ -37,14 +38,17 @@ def main() -> None:
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     cache = settings.from_root(config.paths.cache)
     folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
-    plans = [plan(config, one, cache, settings.device(env)) for one in config.model_parameters.sets]
     best_file = settings.from_root(config.paths.best_model)
     require_writable(best_file.parent)
 
     with store.connected(settings.tracking_uri(env)):
         experiment = store.open_experiment(f"train/{config.mlflow.experiment_name}")
-        split = splits.load(folder, config.model_parameters.image_size)
-        print(f"{split.training}: {split.training.counts}\n{split.leakage}", flush=True)
+        parameters = config.model_parameters
+        takes = folder.image_format(parameters.image_size, parameters.color)
+        split = splits.load(folder, takes)
+        print(f"{split.training}: {split.training.counts}, {takes}")
+        print(split.leakage, flush=True)
+        plans = [plan(config, one, takes, cache, settings.device(env)) for one in parameters.sets]
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
             return
@@ -56,12 +60,14 @@ def main() -> None:
     tell.sets(trained, best, best_file)
 
 
-def plan(config: Config, hyper: HyperParameters, cache: Path, device: str) -> FitPlan:
+def plan(
+    config: Config, hyper: HyperParameters, takes: ImageFormat, cache: Path, device: str
+) -> FitPlan:
     """Return how a set is fitted."""
     parameters = config.model_parameters
     return FitPlan(
         name=hyper.name,
-        make_model=partial(build, parameters, hyper),
+        make_model=partial(build, takes, hyper),
         parameters=parameters.fit_parameters(hyper),
         sampling=parameters.sampling(cache),
         decisions=config.decisions,
@@ -71,11 +77,11 @@ def plan(config: Config, hyper: HyperParameters, cache: Path, device: str) -> Fi
     )
 
 
-def build(parameters: ModelParameters, hyper: HyperParameters) -> "keras.Model":
+def build(takes: ImageFormat, hyper: HyperParameters) -> "keras.Model":
     """Build the CNN of a set."""
     from defect_detection.training import network  # TensorFlow takes 4 s to import
 
-    return network.build(parameters.image_size, hyper)
+    return network.build(takes.shape, hyper)
 
 
 def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Trained]:

@@ -24,6 +24,7 @@ from defect_detection.dataset.folder import DataFolder
 from defect_detection.dataset.split import Dataset
 from defect_detection.registry import saved_model
 from defect_detection.registry import store as stores
+from defect_detection.runtime.preprocessing import ImageFormat
 
 ROOT = settings.ROOT
 
@@ -71,6 +72,7 @@ def drawn_dataset(images: np.ndarray, labels: np.ndarray, photographs: np.ndarra
         folder=nowhere,
         side="train",
         images=images[..., np.newaxis],
+        format=ImageFormat(*images.shape[1:]),
         labels=labels,
         paths=names,
         contents=names,
@@ -113,24 +115,24 @@ def store(_store: str):
         yield _store
 
 
-def small_cnn(size: tuple[int, int]):
+def small_cnn(shape: tuple[int, int, int]):
     """Build a small model that judges by chance."""
     from defect_detection.settings import HyperParameters
     from defect_detection.training import network
 
-    cnn = network.build(size, HyperParameters("small", 8, 0, 1, 0.01, 0.01, 8, 1))
+    cnn = network.build(shape, HyperParameters("small", 8, 1, "map", 0.01, 0.01, 8, 1))
     head = cnn.get_layer(network.MAP)
     kernel, bias = head.get_weights()
     head.set_weights([np.random.default_rng(0).normal(0, 0.02, kernel.shape), bias])
     return cnn
 
 
-def former_cnn(size: tuple[int, int]):
+def former_cnn(shape: tuple[int, int, int]):
     """Build a model like those before pretrained layers: nothing of it is frozen."""
     from defect_detection.runtime.classifier import MAP, PROBABILITY
     from defect_detection.training.network import keras, layers, ops
 
-    inputs = keras.Input((*size, 1), name="images")
+    inputs = keras.Input(shape, name="images")
     x = layers.Conv2D(8, 5, 2, padding="same", activation="relu")(layers.Rescaling(1 / 255)(inputs))
     x = layers.Conv2D(12, 3, 2, padding="same", use_bias=False)(x)
     x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
@@ -148,11 +150,11 @@ def logged_model(_store: str) -> tuple[str, str]:
     from defect_detection.runtime.ood import OodDetector
     from defect_detection.training import network
 
-    rng, size = np.random.default_rng(0), (32, 32)
+    rng, takes = np.random.default_rng(0), preprocessing.ImageFormat(32, 32)
     parts = [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(100)]
-    cnn = small_cnn(size)
-    ood = OodDetector.fit(np.stack([preprocessing.decode(part, size) for part in parts]))
-    served = ServedModel(network.to_litert(cnn), size, ood=ood)
+    cnn = small_cnn(takes.shape)
+    ood = OodDetector.fit(np.stack([preprocessing.decode(part, takes) for part in parts]))
+    served = ServedModel(network.to_litert(cnn), takes, ood=ood)
     with stores.connected(_store):
         with mlflow.start_run(experiment_id=stores.open_experiment("train/kept")) as run:
             uri = saved_model.log(cnn, served, parts[0])
@@ -353,14 +355,14 @@ SMALL = {
         {
             "name": name,
             "blocks": 8,
-            "tuned_blocks": tuned,
             "views": views,
+            "head": head,
             "learning_rate": 0.02,
             "weight_decay": 0.01,
             "batch_size": 16,
             "epochs": 6,
         }
-        for name, tuned, views in (("one", 0, 1), ("two", 1, 1), ("three", 0, 2))
+        for name, views, head in (("one", 1, "map"), ("two", 1, "wide"), ("three", 2, "map"))
     ],
 }
 

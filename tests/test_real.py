@@ -9,6 +9,7 @@ from conftest import Project
 from defect_detection import settings
 from defect_detection.dataset import audit
 from defect_detection.dataset.folder import DataFolder
+from defect_detection.runtime.preprocessing import ImageFormat
 
 pytestmark = pytest.mark.real
 
@@ -22,7 +23,7 @@ def castings(tmp_path_factory):
 
 
 def test_photographs_of_castings_are_found(castings):
-    found = audit.inspect(DataFolder(castings, Project.cache), (64, 64))
+    found = audit.inspect(DataFolder(castings, Project.cache), ImageFormat(64, 64))
     precision, recall = truth.precision_and_recall(found.groups())
     assert precision >= 0.98
     assert recall >= 0.95

@@ -68,6 +68,8 @@ def test_missing_section_is_named_with_its_keys(broken):
         ("mlflow", "experiment_name", "", "experiment_name"),
         ("decisions", "promotion", "best", "expected one of: highest_acc, significant"),
         ("decisions", "max_escape_rate", 1.0, "expected a number, at least 0, less than 1"),
+        ("model_parameters", "color", "rgb", "expected one of: auto, grey"),
+        ("decisions", "refuse_chance", "no", 'refuse_chance is "no", expected true or false'),
         ("paths", "data_path", 3, "data_path is 3, expected a text"),
     ],
 )
@@ -81,8 +83,8 @@ def test_wrong_value_inside_a_set_is_named_by_its_place(broken):
 
 
 def test_two_sets_of_one_name_are_refused(broken):
-    message = broken(lambda c: c["model_parameters"]["sets"][1].update(name="linear"))
-    assert "two sets are named 'linear'" in message
+    message = broken(lambda c: c["model_parameters"]["sets"][1].update(name="local"))
+    assert "two sets are named 'local'" in message
 
 
 @pytest.mark.parametrize("text", ["a: [1", "", "- 1\n- 2", "3"])
@@ -124,11 +126,6 @@ def test_relative_store_counts_from_the_projects_root(uri, expected, monkeypatch
 def test_unset_tracking_uri_is_named_with_what_to_write():
     with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI=sqlite"):
         settings.tracking_uri({})
-
-
-def test_more_blocks_than_there_are_is_one_line(broken):
-    message = broken(lambda c: c["model_parameters"]["sets"][1].update(blocks=10, tuned_blocks=3))
-    assert "sets.1: blocks and tuned_blocks are more than 11 together" in message
 
 
 @pytest.mark.parametrize("given", ["auto", "cpu", "gpu", None])

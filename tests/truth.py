@@ -69,7 +69,7 @@ def pointed_at(classifier: Classifier, seed: int, count: int) -> tuple[int, int]
         image, mask = draw_with_mask(rng, rng.choice(list(sample.DEFECTS)))
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
-        picture = preprocessing.decode(encoded.getvalue(), classifier.image_size)
+        picture = preprocessing.decode(encoded.getvalue(), classifier.takes)
         probabilities, maps = classifier.examine(picture[np.newaxis])
         if is_defect(probabilities[0], ACCURACY_THRESHOLD):
             found += 1

@@ -23,6 +23,8 @@ ENV_FILE = ROOT / ".env"
 API_PORT = 5001
 JOBS_PATH = ".jobs"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
+Color = Literal["auto", "grey"]  # auto keeps the colour of images that have it
+Head = Literal["map", "wide"]  # what a model makes its verdict from
 QUANTIZE: tuple[str, ...] = get_args(Quantize)
 DEVICES = ("auto", "cpu", "gpu")  # values of the variable DEVICE
 
@@ -55,33 +57,29 @@ class HyperParameters:
 
     Attributes:
         name: of the set.
-        blocks: pretrained blocks that keep their weights; fewer are quicker and see less.
-        tuned_blocks: pretrained blocks after those that are fitted too.
+        blocks: pretrained blocks, which keep their weights; fewer are quicker and see less.
         views: 2 also uses a copy of each image rotated by 180 degrees, which takes twice as long.
+        head: "map" looks for a defect place by place, and learns from strong variants and drawn
+            blemishes; "wide" also weighs what is seen in the image as a whole, and learns from the
+            images as they are and from gentle variants.
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: images in a step.
-        epochs: passes of a linear head over the variants; in a model with tuned blocks, each
-            fit sees its share of the variants in an epoch.
+        epochs: passes over the variants.
     """
 
     name: Name
     blocks: Annotated[int, Field(ge=8, le=11)]
-    tuned_blocks: Annotated[int, Field(ge=0, le=3)]
     views: Annotated[int, Field(ge=1, le=2)]
+    head: Head
     learning_rate: Rate
     weight_decay: WeightDecay
     batch_size: BatchSize
     epochs: Epochs
 
-    def __post_init__(self) -> None:
-        """Refuse more blocks than there are."""
-        if self.blocks + self.tuned_blocks > 11:
-            raise ValueError("blocks and tuned_blocks are more than 11 together")
-
     def layers(self) -> dict[str, object]:
         """Return the hyper-parameters of the network itself."""
-        return {"blocks": self.blocks, "tuned_blocks": self.tuned_blocks, "views": self.views}
+        return {"blocks": self.blocks, "views": self.views, "head": self.head}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -125,6 +123,7 @@ class ModelParameters:
     """Parameters that all sets share; `image_size` is height and width in pixels."""
 
     image_size: ImageSize
+    color: Color
     variants: Annotated[int, Field(ge=100)]
     validation_share: Rate
     seed: Annotated[int, Field(ge=0)]
@@ -175,15 +174,23 @@ class Decisions:
 
     Attributes:
         max_escape_rate: largest share of the validation defects below the threshold.
+        max_overkill_rate: largest share of the good parts that may be rejected.
         review_share: share of the validation images, the nearest to the threshold, that would
             be sent to a person.
         promotion: the alias prod goes to the highest accuracy, or only to a version that is
             significantly better than the one it would replace.
+        refuse_chance: a version whose balanced accuracy may be chance is not released.
+        refuse_escapes: nor is one with more escapes than `max_escape_rate` beyond doubt.
+        refuse_overkill: nor is one with more overkill than `max_overkill_rate` beyond doubt.
     """
 
     max_escape_rate: Share
+    max_overkill_rate: Share
     review_share: Share
     promotion: Literal["highest_acc", "significant"]
+    refuse_chance: bool
+    refuse_escapes: bool
+    refuse_overkill: bool
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -214,7 +221,7 @@ class RetrainPaths:
 
 @dataclass(frozen=True, config=_STRICT)
 class RetrainParameters:
-    """How a model is fine-tuned. `image_size` is height and width in pixels."""
+    """How a model is fine-tuned. `image_size`, height and width, is that of a new model."""
 
     image_size: ImageSize
     batch_size: BatchSize
@@ -339,7 +346,12 @@ def _describe(kind: Any) -> str:
     if is_dataclass(kind):
         return "the keys " + ", ".join(f.name for f in fields(kind))
     schema = TypeAdapter(kind).json_schema()
-    names = {"integer": "a whole number", "number": "a number", "string": "a text"}
+    names = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "a text",
+        "boolean": "true or false",
+    }
     limits = {
         "minimum": "at least",
         "exclusiveMinimum": "more than",

@@ -18,9 +18,10 @@ from defect_detection.atomic import write_mapping
 from defect_detection.dataset import audit, split
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.evaluation import figures
+from defect_detection.runtime.preprocessing import ImageFormat
 from drawings import encoded, photograph, variant
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 SCRIPT = "src/audit.py"
 
 
@@ -50,7 +51,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def inspect(data: Path, cache: Path) -> audit.Audit:
-    return audit.inspect(DataFolder(data, cache), SIZE)
+    return audit.inspect(DataFolder(data, cache), TAKES)
 
 
 def test_clean_folder_is_clean(drawn, cache):
@@ -119,7 +120,7 @@ def test_unreadable_empty_and_odd_sized_pictures_are_named(data, cache):
     Image.new("L", (64, 48), 90).save(data / "test/def_front/small.png")
     found = inspect(data, cache)
     assert len(found.unreadable) == 7
-    assert ("train/ok_front/text.jpeg", "is neither JPEG nor PNG") in found.unreadable
+    assert ("train/ok_front/text.jpeg", "is none of JPEG, PNG, BMP, TIFF, WEBP") in found.unreadable
     assert found.odd_sized == [("test/def_front/small.png", 64, 48)]
     said = audit.text(found)
     assert "train/ok_front/empty0.png is empty (0 bytes)" in said
@@ -143,7 +144,7 @@ def test_groups_of_the_users_own_are_used_as_they_are(data, cache):
     assert (found.groups_file, len(found.photographs), len(found.two_labels)) == (True, 6, 6)
     assert found.leaked["ok_front"] == [f"test/ok_front/{n}.jpeg" for n in range(3)]
     assert "photographs   6, as groups.csv says; at most 4 images of one" in audit.text(found)
-    loaded = split.load(DataFolder(data, cache), SIZE)
+    loaded = split.load(DataFolder(data, cache), TAKES)
     training = loaded.training
     number = [Path(path).stem for path in training.paths]
     assert len(set(zip(number, training.photographs.tolist(), strict=True))) == 6
@@ -154,7 +155,7 @@ def test_picture_that_groups_lacks_is_named(data, cache):
     with pytest.raises(
         PipelineError, match=r"photograph of train/def_front/1.jpeg \(and of 16 more"
     ):
-        split.load(DataFolder(data, cache), SIZE)
+        split.load(DataFolder(data, cache), TAKES)
 
 
 def test_found_groups_can_be_given_back(data, cache):
@@ -176,7 +177,7 @@ def test_resplit_is_clean_by_photograph_and_moves_nothing(data, cache):
     (data / "train/ok_front/broken.jpeg").write_bytes(b"")
     before = {path: path.read_bytes() for path in data.rglob("*.jpeg")}
     assert sum(map(len, inspect(data, cache).leaked.values())) == 6
-    written = split.resplit(DataFolder(data, cache), 0.25, 3, SIZE)
+    written = split.resplit(DataFolder(data, cache), 0.25, 3, TAKES)
     assert written == data / "split.csv"
     assert {path: path.read_bytes() for path in data.rglob("*.jpeg")} == before
     found = inspect(data, cache)
@@ -186,8 +187,8 @@ def test_resplit_is_clean_by_photograph_and_moves_nothing(data, cache):
     with written.open(newline="") as file:
         rows = {row["path"]: row["split"] for row in csv.DictReader(file)}
     assert set(rows) == {path.relative_to(data).as_posix() for path in before}
-    written = split.resplit(DataFolder(data, cache), 0.25, 3, SIZE).read_text()
-    assert written == split.resplit(DataFolder(data, cache), 0.25, 3, SIZE).read_text()
+    written = split.resplit(DataFolder(data, cache), 0.25, 3, TAKES).read_text()
+    assert written == split.resplit(DataFolder(data, cache), 0.25, 3, TAKES).read_text()
 
 
 def test_contact_sheet_shows_the_worst(data, cache, tmp_path):

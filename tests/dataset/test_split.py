@@ -12,14 +12,15 @@ from defect_detection.dataset import decoded, split
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES
+from defect_detection.runtime.preprocessing import ImageFormat
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 
 
 @pytest.fixture
 def load(folder):
     def load(side="train"):
-        loaded = split.load(folder, SIZE)
+        loaded = split.load(folder, TAKES)
         return loaded.training if side == "train" else loaded.testing
 
     return load
@@ -37,7 +38,7 @@ def test_labels_and_counts_follow_the_folders(load):
 def test_rows_belong_to_their_paths(load, data):
     loaded = load()
     for row in (0, 9, 10, 19):
-        expected = preprocessing.decode(data / loaded.paths[row], SIZE)
+        expected = preprocessing.decode(data / loaded.paths[row], TAKES)
         np.testing.assert_array_equal(loaded.images[row], expected)
 
 
@@ -89,13 +90,13 @@ def test_unreadable_picture_is_skipped_named_and_counted(tmp_path, content, capl
     for _ in range(2):  # decoded, then from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            loaded = split.load(DataFolder(data, tmp_path / "cache"), SIZE).training
+            loaded = split.load(DataFolder(data, tmp_path / "cache"), TAKES).training
         assert "train/def_front/part_003.jpeg is" in caplog.text
         assert "1 of 40 skipped" in caplog.text
         assert len(loaded) == len(loaded.images) == 39
         assert "train/def_front/part_003.jpeg" not in loaded.paths
         np.testing.assert_array_equal(
-            loaded.images[3], preprocessing.decode(data / "train/def_front/part_004.jpeg", SIZE)
+            loaded.images[3], preprocessing.decode(data / "train/def_front/part_004.jpeg", TAKES)
         )
 
 
@@ -113,7 +114,7 @@ def test_class_of_which_nothing_can_be_read_is_refused(tmp_path):
     for path in (data / "train" / "ok_front").iterdir():
         path.write_bytes(b"")
     with pytest.raises(PipelineError, match=r"ok_front holds no readable image"):
-        split.load(DataFolder(data, tmp_path / "cache"), SIZE)
+        split.load(DataFolder(data, tmp_path / "cache"), TAKES)
 
 
 def test_empty_class_folder_is_named(load, data):
@@ -153,7 +154,7 @@ def test_split_file_decides_whatever_the_folder(load, data, caplog):
     assert set(training.paths) | set(testing.paths) == set(rows)
     row = training.paths.index("test/def_front/part_001.jpeg")
     np.testing.assert_array_equal(
-        training.images[row], preprocessing.decode(data / training.paths[row], SIZE)
+        training.images[row], preprocessing.decode(data / training.paths[row], TAKES)
     )
     assert training.labels[row] == 1
     assert testing.digest != before
@@ -180,11 +181,11 @@ def everything(data):
 
 def test_same_images_are_read_at_another_size(load, folder, data):
     loaded = load("test")
-    larger = loaded.images_at((48, 64))
+    larger = loaded.images_as(ImageFormat(48, 64))
     assert larger.shape == (8, 48, 64, 1)
-    expected = preprocessing.decode(data / loaded.paths[3], (48, 64))
+    expected = preprocessing.decode(data / loaded.paths[3], ImageFormat(48, 64))
     np.testing.assert_array_equal(larger[3], expected)
-    assert loaded.images_at(SIZE) is loaded.images
+    assert loaded.images_as(TAKES) is loaded.images
 
 
 def test_files_that_changed_are_not_mixed_with_labels_from_before(load, data):
@@ -192,4 +193,4 @@ def test_files_that_changed_are_not_mixed_with_labels_from_before(load, data):
     changed = data / loaded.paths[0]
     changed.write_bytes((data / loaded.paths[1]).read_bytes())
     with pytest.raises(PipelineError, match="were changed while they were read"):
-        loaded.images_at((48, 64))
+        loaded.images_as(ImageFormat(48, 64))

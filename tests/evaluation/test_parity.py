@@ -8,22 +8,23 @@ from defect_detection.evaluation import parity
 from defect_detection.evaluation.parity import Parity
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.model_files import ServedModel
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import QUANTIZE
 from defect_detection.training import network
 
-SIZE = (32, 32)
-PICTURES = np.random.default_rng(0).integers(0, 256, (100, *SIZE, 1), np.uint8)
+TAKES = ImageFormat(32, 32)
+PICTURES = np.random.default_rng(0).integers(0, 256, (100, *TAKES.shape), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def cnn():
-    return small_cnn(SIZE)
+    return small_cnn(TAKES.shape)
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
 def test_each_kind_of_weights_is_converted_and_compared(cnn, quantize):
     litert = network.to_litert(cnn, quantize)
-    served = Classifier(ServedModel(litert, SIZE)).probabilities(PICTURES)
+    served = Classifier(ServedModel(litert, TAKES)).probabilities(PICTURES)
     found = parity.compare(cnn, PICTURES, served, ())
     assert found.of == 100
     assert found.within(quantize)

@@ -15,14 +15,16 @@ from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.evaluation import metrics, report
 from defect_detection.evaluation.metrics import Comparison, Paired, Rate
+from defect_detection.evaluation.release import Registration, Release
 from defect_detection.evaluation.report import Origin
-from defect_detection.evaluation.result import Registration, evaluate
+from defect_detection.evaluation.result import evaluate
 from defect_detection.evaluation.robustness import Disturbed, Repeatability, Robustness
 from defect_detection.registry.versions import Version
 from defect_detection.runtime import heatmap
 from defect_detection.runtime.decision import OperatingPoint
+from defect_detection.runtime.preprocessing import ImageFormat
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 POINT = OperatingPoint(0.3, 0.2, 0.45)
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
@@ -33,7 +35,8 @@ class Known:
     """A model whose probabilities and maps are known: both classes overlap."""
 
     point = POINT
-    image_size = SIZE
+    takes = TAKES
+    full_evidence = None
 
     def __init__(self, labels: np.ndarray):
         rng = np.random.default_rng(0)
@@ -52,19 +55,21 @@ class Known:
 def drawn(tmp_path_factory):
     """An evaluation of drawn images."""
     data = draw_folders(tmp_path_factory.mktemp("reported") / "data", train=4, test=60)
-    split = splits.load(DataFolder(data, Project.cache), SIZE)
+    split = splits.load(DataFolder(data, Project.cache), TAKES)
     pairs = 1000 + np.arange(len(split.testing)) // 2  # two images of each photograph
     split = replace(split, testing=replace(split.testing, photographs=pairs))
     return evaluate(Known(split.testing.labels), split)
 
 
 COMPARED = Comparison(Paired(12, 3, 120), Paired(4, 2, 90))
+GREY = np.full((64, 64, 1), 100, np.uint8)
 CHAMPION = Version("Production_Reg", 3, 0.9)
+RELEASED = Release((), ())
 
 
 def write(drawn, asked=0.02, **changes) -> str:
     registration = Registration(
-        Version("Production_Reg", 4, 0.8), CHAMPION, COMPARED, "Registered <so>", True
+        Version("Production_Reg", 4, 0.8), CHAMPION, COMPARED, RELEASED, "Registered <so>", True
     )
     robustness = Robustness(
         120,
@@ -145,7 +150,7 @@ def test_gallery_shows_the_worst_mistake_of_each_photograph(drawn, page):
 def test_heatmap_is_strongest_where_the_evidence_is():
     evidence = np.zeros((8, 8), np.float32)
     evidence[1, 6] = 2
-    glowing = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence)).astype(int)
+    glowing = np.asarray(heatmap.draw(GREY, evidence, TAKES, None)).astype(int)
     row, column = np.unravel_index((glowing[..., 0] - glowing[..., 2]).argmax(), (64, 64))
     assert (row // 8, column // 8) == (1, 6)
     assert (glowing[40:, :30] == 100).all()
@@ -154,9 +159,9 @@ def test_heatmap_is_strongest_where_the_evidence_is():
 def test_evidence_beyond_all_bounds_glows_like_the_most():
     evidence = np.zeros((8, 8), np.float32)
     evidence[1, 6] = np.inf
-    endless = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence))
+    endless = np.asarray(heatmap.draw(GREY, evidence, TAKES, None))
     evidence[1, 6] = 88
-    most = np.asarray(heatmap.draw(np.full((64, 64), 100, np.uint8), evidence))
+    most = np.asarray(heatmap.draw(GREY, evidence, TAKES, None))
     np.testing.assert_array_equal(endless, most)
 
 

@@ -90,7 +90,7 @@ def test_broken_pictures_are_rows_and_the_exit_code_says_so(line, pictures):
         found = {Path(row["path"]).name: row for row in csv.DictReader(file)}
     assert len(found) == 22
     assert found["00.png"]["verdict"] == found["99.png"]["verdict"] == "error"
-    assert found["99.png"]["reason"] == "is neither JPEG nor PNG"
+    assert found["99.png"]["reason"] == "is none of JPEG, PNG, BMP, TIFF, WEBP"
     assert sum(row["verdict"] in ("defect", "ok") for row in found.values()) == 20
     assert [row["path"] for row in rows(pictures / "rows.jsonl")] == [
         row["path"] for row in found.values()
@@ -115,21 +115,36 @@ def test_exit_code_3_unless_every_picture_is_ok(line, pictures, tmp_path):
     assert infer(line, "gone.png", "--fail-on-defect").returncode == 3
 
 
-def test_heatmaps_are_written_where_the_paths_say(line, pictures, tmp_path):
+def test_heatmaps_have_the_names_of_their_pictures(line, pictures, tmp_path):
     (pictures / "0" / "broken.png").write_bytes(b"")
     heat = tmp_path / "heat"
+    # The absolute path leads to the same pictures.
     infer(line, "pictures", tmp_path / "pictures" / "0", "--heatmaps", heat, cwd=tmp_path)
-    expected = {
-        f"{path.relative_to(tmp_path)}.png" for path in pictures.rglob("*.jpeg")
-    }  # the absolute ones lead to the same places
-    assert {str(path.relative_to(heat)) for path in heat.rglob("*.*")} == expected
-    with Image.open(next(heat.rglob("*.png"))) as image:
-        assert (image.size, image.mode) == ((320, 320), "RGB")
-    # What is not below the folder that one is in goes by its whole path.
-    outside = infer(line, pictures, "--heatmaps", "here", cwd=heat)
-    assert outside.returncode == 1  # of the broken one
-    below = heat / "here" / Path(*pictures.parts[1:])
-    assert len(list(below.rglob("*.png"))) == 20
+    names = [path.name for path in pictures.rglob("*.jpeg")]
+    assert len(set(names)) == len(names)
+    assert {path.name for path in heat.iterdir()} == {f"{name}.png" for name in names}
+    # A second picture of one name does not replace the first.
+    other = tmp_path / "other" / names[0]
+    other.parent.mkdir()
+    shutil.copy(next(pictures.rglob(names[1])), other)
+    done = infer(line, next(pictures.rglob(names[0])), other, "--heatmaps", tmp_path / "two")
+    assert done.returncode == 0
+    stem = Path(names[0]).stem
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {
+        f"{stem}.jpeg.png",
+        f"{stem}-2.jpeg.png",
+    }
+
+
+def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tmp_path):
+    part = next(pictures.rglob("*.jpeg"))
+    infer(line, part, "--heatmaps", tmp_path / "heat")
+    with Image.open(tmp_path / "heat" / f"{part.name}.png") as image:
+        assert image.mode == "RGB" and image.width == 320 and image.height > 350
+        caption = np.asarray(image)[320:]
+    assert (caption == 255).all(-1).mean() > 0.5  # white
+    assert (caption < 60).all(-1).sum() > 100  # and written on
+    assert (caption[..., 0] - caption[..., 2].astype(int)).max() > 150  # with the scale
 
 
 @pytest.mark.parametrize(

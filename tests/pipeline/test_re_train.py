@@ -14,6 +14,7 @@ from defect_detection import settings
 from defect_detection.registry import saved_model, store, versions
 from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import RetrainConfig
 from defect_detection.training import network
 
@@ -122,19 +123,18 @@ def test_the_two_examples_are_judged_by_the_new_model(retrained):
     assert [line.split()[-2] for line in lines[-2:]] == ["defect", "ok"]
 
 
-def test_model_of_another_input_size_is_refused_with_both_sizes(retrained, learnable):
+def test_model_that_is_fine_tuned_keeps_its_image_size_and_says_so(retrained, learnable):
     retrained.configure_retraining(image_size=[128, 128])
-    last = retrained.fail(SCRIPT, "--data", learnable)
-    assert "takes images of [64, 64]" in last
-    assert "image_size is [128, 128]" in last
+    printed = retrained.succeed(SCRIPT, "--data", learnable, "--epochs", 1)
+    assert "It takes images of 64 x 64, grey; image_size [128, 128] is for a new model" in printed
 
 
 def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnable):
     project.configure_retraining(image_size=[64, 64], epochs=2, learning_rate=0.002)
     rng = np.random.default_rng(0)
-    former = former_cnn((64, 64))
+    former = former_cnn((64, 64, 1))
     ood = OodDetector.fit(rng.integers(0, 256, (20, 64, 64, 1), np.uint8))
-    served = ServedModel(network.to_litert(former), (64, 64), ood=ood)
+    served = ServedModel(network.to_litert(former), ImageFormat(64, 64), ood=ood)
     with store.connected(f"sqlite:///{project.root}/mlflow.db"):
         with mlflow.start_run(experiment_id=store.open_experiment("train/former")) as run:
             uri = saved_model.log(former, served, encoded(draw_part(rng, True)))
@@ -145,7 +145,7 @@ def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnabl
         assert "epoch 2 of 2" in printed
         name = re.search(r"Registered as (\w+) version", printed)[1]
         (newest,) = versions.with_accuracy(name)[-1:]
-        tuned = saved_model.load_keras(newest.uri, (64, 64))
+        tuned = saved_model.load_keras(newest.uri)
     assert [layer.name for layer in tuned.layers] == [layer.name for layer in former.layers]
     moved = zip(former.trainable_weights, tuned.trainable_weights, strict=True)
     assert all(np.abs(one.numpy() - other.numpy()).max() > 0 for one, other in moved)

@@ -12,24 +12,30 @@ from defect_detection import PipelineError, settings
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.evaluation import metrics
-from defect_detection.evaluation.result import Evaluation, Registration, evaluate
+from defect_detection.evaluation.release import Registration
+from defect_detection.evaluation.result import evaluate
 from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.champions import Champions
 from defect_detection.pipeline.register import Rules, move_alias, register
-from defect_detection.registry import saved_model, versions
+from defect_detection.registry import promotion, saved_model, versions
 from defect_detection.registry import store as stores
 from defect_detection.runtime.decision import DEFAULT_OPERATING_POINT
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import CONFIG_FILE, Config
 
-SIZE = (32, 32)
+DECISIONS = settings.read_yaml(CONFIG_FILE, Config).decisions
+# What else decides is not the question of most tests.
+LENIENT = replace(DECISIONS, refuse_chance=False, refuse_escapes=False, refuse_overkill=False)
+TAKES = ImageFormat(32, 32)
 
 
 class Right:
     """A model that judges a number of the images rightly, the first ones."""
 
     point = DEFAULT_OPERATING_POINT
-    image_size = SIZE
+    takes = TAKES
+    full_evidence = None
 
     def __init__(self, labels: np.ndarray, right: int):
         found = labels == 1
@@ -37,7 +43,7 @@ class Right:
         self.probabilities = np.where(found, 0.9, 0.1).astype(np.float32)
 
     def examine(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert pictures.shape[1:3] == self.image_size
+        assert pictures.shape[1:] == self.takes.shape
         return self.probabilities, np.zeros((len(pictures), 8, 8), np.float32)
 
     def ood_reasons(self, pictures: np.ndarray) -> list[str]:
@@ -48,8 +54,9 @@ class Line:
     """Registers models, on the same images or on others, as evaluations do."""
 
     def __init__(self, folder, names, monkeypatch):
+        self.decisions = LENIENT
         data = DataFolder(draw_folders(folder / "data", train=3, test=40), Project.cache)
-        self.split = splits.load(data, SIZE)
+        self.split = splits.load(data, TAKES)
         self.names = names
         self.models: dict[str, Right] = {}
         monkeypatch.setattr(saved_model, "load_classifier", self.load)
@@ -59,17 +66,16 @@ class Line:
             raise PipelineError(f"{uri}: its files cannot be fetched")
         return self.models[uri]
 
-    def judged(self, right: int) -> tuple[Right, Evaluation]:
-        model = Right(self.split.testing.labels.copy(), right)
-        return model, evaluate(model, self.split)
-
     def register(self, right: int, rule: str = "highest_acc") -> Registration:
+        return self.register_model(Right(self.split.testing.labels.copy(), right), rule)
+
+    def register_model(self, model: Right, rule: str = "highest_acc") -> Registration:
         experiment = stores.open_experiment("eval/steps")
         with mlflow.start_run(experiment_id=experiment) as run:
             logged = MlflowClient().create_logged_model(experiment, source_run_id=run.info.run_id)
             trained = BestModel(run.info.run_id, logged.model_uri, 0.75, "digest", "now")
-            model, evaluated = self.judged(right)
-            rules = Rules(self.names, rule, "tester")
+            evaluated = evaluate(model, self.split)
+            rules = Rules(self.names, replace(self.decisions, promotion=rule), "tester")
             champions = Champions(self.split)
             version, decision = register(trained, evaluated, champions, rules)
             record.version(version, decision.compared(), decision.comparison)
@@ -131,8 +137,10 @@ def test_rule_significant_moves_the_alias_only_if_significantly_better(line):
 def test_champion_of_an_easier_test_is_scored_again_and_loses(line, capsys):
     line.register(79)
     first = line.prod
-    line.models[first.uri] = line.judged(55)[0]  # what it is worth on the other images
-    line.models[first.uri].image_size = (64, 96)
+    line.models[first.uri] = Right(
+        line.split.testing.labels.copy(), 55
+    )  # what it is worth on the other images
+    line.models[first.uri].takes = ImageFormat(64, 96)
     line.take_other_pictures()
     second = line.register(58)
     assert second.in_production
@@ -157,3 +165,71 @@ def test_champion_that_cannot_be_run_is_said_and_replaced(line):
     name = line.names.production_model_name
     said = f"{name} version 1 (prod) was not compared, since it cannot be run."
     assert line.run.data.tags["comparison"] == said
+
+
+class Verdicts(Right):
+    """A model whose probabilities are given."""
+
+    def __init__(self, probabilities: np.ndarray):
+        self.probabilities = probabilities.astype(np.float32)
+
+
+def strict(line: Line, defects: int, good: int) -> np.ndarray:
+    """Let all rules count, on fewer of the test images; return their labels."""
+    labels = line.split.testing.labels
+    rows = np.r_[np.flatnonzero(labels == 1)[:defects], np.flatnonzero(labels == 0)[:good]]
+    kept = replace(
+        line.split.testing,
+        images=line.split.testing.images[rows],
+        labels=labels[rows],
+        photographs=np.arange(len(rows)),
+        paths=tuple(line.split.testing.paths[row] for row in rows),
+        digest=f"{defects} and {good}",
+    )
+    line.split = replace(line.split, testing=kept)
+    line.decisions = DECISIONS
+    return kept.labels
+
+
+def test_a_model_that_rejects_most_good_parts_is_not_released(line):
+    """It finds every defect and has an accuracy of 0.69, since there are few good parts."""
+    labels = strict(line, defects=40, good=20)
+    done = line.register_model(Verdicts(np.where(np.arange(60) < 59, 0.9, 0.1)))
+    assert done.version.name == line.names.production_model_name
+    assert done.version.acc == pytest.approx(41 / 60) and labels.sum() == 40
+    assert not done.in_production and line.prod is None
+    assert done.decision.endswith("version 1, not released; no version has the alias prod")
+    assert done.version.tags["released"] == "false"
+    assert "19 of 20 photographs of good parts are rejected" in done.version.why_not_released
+    assert "at most 10% were asked for" in done.version.why_not_released
+    (first, *_) = done.release.advice
+    assert first == "more photographs of def_front: training has 3"
+
+
+def test_a_model_that_finds_no_defect_does_not_take_prod_from_one_that_does(line):
+    """Its accuracy of 0.89 is higher, since there are few defects."""
+    labels = strict(line, defects=5, good=40)
+    passes_some = np.where(labels == 1, 0.9, 0.1)
+    passes_some[-6:] = 0.9  # good parts that it rejects
+    champion = line.register_model(Verdicts(passes_some))
+    assert champion.in_production and champion.version.acc == pytest.approx(39 / 45)
+    blind = line.register_model(Verdicts(np.full(45, 0.1)))
+    assert blind.version.acc == pytest.approx(40 / 45)
+    assert not blind.in_production and line.prod.number == champion.version.number
+    assert (
+        "a balanced accuracy of 0.50 by photograph may be chance"
+        in blind.version.tags["not_released"]
+    )
+    assert "5 of 5 photographs of defects pass" in blind.version.why_not_released
+    # Nor does a person put it there, as long as the rule stands.
+    with pytest.raises(PipelineError, match="version 2 is not released: .* turn that rule off"):
+        promotion.choose(blind.version.name, 2, "why not", "tester")
+    assert line.prod.number == 1
+
+
+def test_each_rule_of_the_release_can_be_turned_off(line):
+    labels = strict(line, defects=5, good=40)
+    line.decisions = replace(DECISIONS, refuse_chance=False)
+    assert not line.register_model(Verdicts(np.full(len(labels), 0.1))).release.released
+    line.decisions = replace(line.decisions, refuse_escapes=False)
+    assert line.register_model(Verdicts(np.full(len(labels), 0.1))).in_production

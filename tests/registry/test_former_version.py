@@ -92,9 +92,9 @@ def test_mlflow_loads_it_in_this_project_and_where_only_its_own_code_is(
 def test_its_keras_model_can_be_trained_further(registered):
     if sys.version_info < (3, 11):  # it was saved by Keras 3.15, which needs Python 3.11
         with pytest.raises(PipelineError, match="cannot be read by Keras 3.12.4, which is older"):
-            saved_model.load_keras(registered.uri, (32, 32))
+            saved_model.load_keras(registered.uri)
         return
-    model = saved_model.load_keras(registered.uri, (32, 32))
+    model = saved_model.load_keras(registered.uri)
     assert model.trainable_weights
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_keras_model_is_not_blamed_on_the_python_version(kept, tmp_pat
     for left in (b"", content[:2000], content[:-2000] + bytes(2000)):
         damaged.write_bytes(left)
         with pytest.raises(PipelineError, match="since it is damaged .*. Train a new one"):
-            saved_model.load_keras(copied.as_uri(), (32, 32))
+            saved_model.load_keras(copied.as_uri())
 
 
 def test_its_folder_serves_without_a_registry(kept, parts, verdicts):

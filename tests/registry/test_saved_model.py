@@ -19,33 +19,34 @@ from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import OperatingPoint
 from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.training import network
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 PICTURE = encoded(draw_part(np.random.default_rng(2), defect=True))
 POINT = OperatingPoint(0.3, 0.25, 0.45)
-OOD = OodDetector.fit(np.random.default_rng(1).integers(0, 256, (20, *SIZE, 1), np.uint8))
+OOD = OodDetector.fit(np.random.default_rng(1).integers(0, 256, (20, *TAKES.shape), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def cnn() -> keras.Model:
     keras.utils.set_random_seed(0)
-    return small_cnn(SIZE)
+    return small_cnn(TAKES.shape)
 
 
 @pytest.fixture
 def logged(store, cnn) -> str:
     with mlflow.start_run(experiment_id=stores.open_experiment("train/test")):
-        return saved_model.log(cnn, ServedModel(network.to_litert(cnn), SIZE, POINT, OOD), PICTURE)
+        return saved_model.log(cnn, ServedModel(network.to_litert(cnn), TAKES, POINT, OOD), PICTURE)
 
 
 def test_one_logged_model_carries_both_flavours_that_agree(logged, cnn):
-    pictures = np.random.default_rng(0).integers(0, 256, (5, *SIZE, 1), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (5, *TAKES.shape), np.uint8)
     expected = cnn.predict(pictures.astype("f"), verbose=0)
     with saved_model.fetched(logged) as folder:
         classifier = Classifier.load(folder)
         served = ServedModel.load(folder)
-    assert served.image_size == SIZE
+    assert served.takes == TAKES
     assert served.point == POINT
     pixels = pictures[..., 0].astype("f")
     assert served.ood.reasons(pixels) == OOD.reasons(pixels) != [""] * 5
@@ -69,7 +70,7 @@ def test_logged_model_has_signature_example_requirements_and_class_names(logged)
 
 
 def test_data_set_is_logged_with_digest_and_counts(store, folder, data):
-    loaded = split.load(folder, SIZE).training
+    loaded = split.load(folder, TAKES).training
     with mlflow.start_run(experiment_id=stores.open_experiment("train/test")) as run:
         record.dataset(loaded, "training")
     logged = mlflow.get_run(run.info.run_id)

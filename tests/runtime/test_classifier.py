@@ -12,9 +12,10 @@ from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import OperatingPoint
 from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.training import network
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 POINT = OperatingPoint(0.9, 0.9, 0.9)
 
 
@@ -42,7 +43,7 @@ def test_damaged_model_is_refused_in_one_line(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def litert() -> bytes:
-    return network.to_litert(small_cnn(SIZE))
+    return network.to_litert(small_cnn(TAKES.shape))
 
 
 def test_model_with_other_outputs_is_refused_in_one_line(tmp_path, litert, monkeypatch):
@@ -63,7 +64,7 @@ def parts() -> list[bytes]:
 
 
 def test_many_threads_get_what_one_gets(litert, parts):
-    classifier = Classifier(ServedModel(litert, SIZE), threads=1)
+    classifier = Classifier(ServedModel(litert, TAKES), threads=1)
     alone = [classifier.classify(part) for part in parts]
     assert len({one.probability for one in alone}) > 30
 
@@ -84,14 +85,14 @@ def test_calls_one_after_the_other_share_an_interpreter(litert, parts, monkeypat
     made = []
     real = Classifier._make
     monkeypatch.setattr(Classifier, "_make", lambda self: made.append(1) or real(self))
-    classifier = Classifier(ServedModel(litert, SIZE))
+    classifier = Classifier(ServedModel(litert, TAKES))
     for part in parts[:5]:
         classifier.classify(part)
     assert len(made) == 1
 
 
 def test_broken_pictures_stand_among_the_others_as_errors(litert, parts, tmp_path):
-    classifier = Classifier(ServedModel(litert, SIZE))
+    classifier = Classifier(ServedModel(litert, TAKES))
     sources = [parts[0], b"", tmp_path / "gone.png", parts[1], parts[2][:700]]
     found = classifier.classify_all(sources)
     assert [one.verdict == "error" for one in found] == [False, True, True, False, True]
@@ -109,21 +110,21 @@ def test_broken_pictures_stand_among_the_others_as_errors(litert, parts, tmp_pat
 
 
 def test_picture_out_of_scope_is_unknown_and_goes_to_a_person(litert, parts):
-    pictures = np.stack([preprocessing.decode(part, SIZE) for part in parts])
-    classifier = Classifier(ServedModel(litert, SIZE, POINT, OodDetector.fit(pictures)))
-    black = np.zeros((1, *SIZE, 1), np.uint8)
+    pictures = np.stack([preprocessing.decode(part, TAKES) for part in parts])
+    classifier = Classifier(ServedModel(litert, TAKES, POINT, OodDetector.fit(pictures)))
+    black = np.zeros((1, *TAKES.shape), np.uint8)
     good, dark = classifier.judge(np.concatenate([pictures[:1], black]))
     assert (good.verdict, good.review, good.reason) == ("ok", False, "")
     assert (dark.verdict, dark.review, dark.reason) == ("unknown", True, "too dark")
     assert str(dark).endswith("  review  too dark")
     assert classifier.ood_reasons(black) == ["too dark"]
-    anything = Classifier(ServedModel(litert, SIZE, POINT))
+    anything = Classifier(ServedModel(litert, TAKES, POINT))
     assert anything.judge(black)[0].verdict == "ok"  # a version that was saved without a scope
 
 
 def test_evidence_comes_with_the_verdict(litert, parts):
-    classifier = Classifier(ServedModel(litert, SIZE))
-    pictures = np.stack([preprocessing.decode(part, SIZE) for part in parts[:3]])
+    classifier = Classifier(ServedModel(litert, TAKES))
+    pictures = np.stack([preprocessing.decode(part, TAKES) for part in parts[:3]])
     _, maps = classifier.examine(pictures)
     for verdict, expected in zip(classifier.judge(pictures), maps, strict=True):
         np.testing.assert_array_equal(verdict.evidence, expected)

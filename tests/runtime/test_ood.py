@@ -10,14 +10,15 @@ from defect_detection.dataset import decoded
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.ood import REASONS, OodDetector
+from defect_detection.runtime.preprocessing import ImageFormat
 
-SIZE = (64, 64)
+TAKES = ImageFormat(64, 64)
 
 
 def parts(count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     drawn = [encoded(draw_part(rng, defect=number % 2 == 0)) for number in range(count)]
-    return np.stack([preprocessing.decode(one, SIZE) for one in drawn])
+    return np.stack([preprocessing.decode(one, TAKES) for one in drawn])
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,14 @@ def test_turned_upside_down_in_grey_it_is_no_part(scope):
 
 
 def test_a_few_broken_training_pictures_do_not_widen_the_limits(scope):
-    many = np.concatenate([parts(2000, seed=5), np.zeros((1, *SIZE, 1), np.uint8)])
-    assert reasons(OodDetector.fit(many), np.zeros((1, *SIZE, 1), np.uint8)) == ["too dark"]
+    many = np.concatenate([parts(2000, seed=5), np.zeros((1, *TAKES.shape), np.uint8)])
+    assert reasons(OodDetector.fit(many), np.zeros((1, *TAKES.shape), np.uint8)) == ["too dark"]
 
 
 def test_few_training_pictures_do(tmp_path):
     few = OodDetector.fit(parts(4, seed=6))
     assert reasons(few, parts(4, seed=6)) == [""] * 4
-    assert all(reasons(few, np.zeros((1, *SIZE, 1), np.uint8)))
+    assert all(reasons(few, np.zeros((1, *TAKES.shape), np.uint8)))
 
 
 def test_scope_comes_back_as_it_was_saved(scope, tmp_path):
@@ -88,7 +89,7 @@ def test_scope_comes_back_as_it_was_saved(scope, tmp_path):
 def test_real_castings_are_in_scope_and_other_pictures_are_not(tmp_path):
     if not truth.CASTINGS.is_dir():
         pytest.skip("the real castings are not here (../shared/data/casting)")
-    size = (128, 128)
+    size = ImageFormat(128, 128)
     data = DataFolder(truth.CASTINGS, Project.cache)
     training, testing = (
         decoded.decode(data, data.images(side), side, size).images for side in ("train", "test")

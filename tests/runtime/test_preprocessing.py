@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from defect_detection.runtime import preprocessing
-from defect_detection.runtime.preprocessing import UnreadableImage
+from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -20,24 +20,50 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 RAMP = Image.fromarray(np.tile(np.arange(0, 250, 1, np.uint8), (200, 1)))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+STRETCHED = ImageFormat(64, 96, fit="stretch")
+SMALL = ImageFormat(32, 32)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_grey_and_colour_jpeg_and_png_give_the_same_picture(kind, mode):
-    decoded = preprocessing.decode(encode(RAMP.convert(mode), kind), (64, 96))
+def test_grey_and_colour_files_of_all_formats_give_the_same_picture(kind, mode):
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    decoded = preprocessing.decode(encode(RAMP.convert(mode), kind, **lossless), STRETCHED)
     assert decoded.shape == (64, 96, 1)
     assert decoded.dtype == np.uint8
     expected = np.linspace(0, 249, 96)
     np.testing.assert_allclose(decoded[30, :, 0], expected, atol=3)
 
 
+def test_colour_is_kept_where_it_is_asked_for():
+    red = Image.new("RGB", (40, 40), (200, 30, 60))
+    colour = preprocessing.decode(encode(red, "PNG"), ImageFormat(32, 32, channels=3))
+    assert colour.shape == (32, 32, 3) and colour[5, 5].tolist() == [200, 30, 60]
+    grey = preprocessing.decode(encode(red, "PNG"), SMALL)
+    converted = preprocessing.grey(colour[np.newaxis].astype(np.float32))[0]
+    np.testing.assert_allclose(converted, grey[..., 0], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [((90, 30), (10, 21), (0, 32)), ((30, 90), (0, 32), (10, 21)), ((50, 50), (0, 32), (0, 32))],
+)
+def test_picture_of_another_shape_gets_borders_and_keeps_its_proportions(size, rows, columns):
+    decoded = preprocessing.decode(encode(Image.new("L", size, 250), "PNG"), SMALL)[..., 0]
+    inside = np.zeros((32, 32), bool)
+    inside[slice(*rows), slice(*columns)] = True
+    assert (decoded[inside] == 250).all() and (decoded[~inside] == preprocessing.BORDER).all()
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "1"])
 def test_other_modes_of_png_decode(mode):
-    assert preprocessing.decode(encode(RAMP.convert(mode), "PNG"), (32, 32)).shape == (32, 32, 1)
+    assert preprocessing.decode(encode(RAMP.convert(mode), "PNG"), SMALL).shape == (32, 32, 1)
 
 
-def test_sixteen_bit_png_keeps_its_shades():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_shades(kind):
     deep = Image.fromarray(np.asarray(RAMP).astype(np.uint16) * 256)
-    decoded = preprocessing.decode(encode(deep, "PNG"), (64, 64))
+    decoded = preprocessing.decode(encode(deep, kind), ImageFormat(64, 64, fit="stretch"))
     np.testing.assert_allclose(decoded[30, :, 0], np.linspace(0, 249, 64), atol=3)
 
 
@@ -45,9 +71,9 @@ def test_picture_lying_on_its_side_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     lying = encode(RAMP.rotate(90, expand=True), "JPEG", exif=exif.tobytes())
-    upright = preprocessing.decode(encode(RAMP, "JPEG"), (64, 64))
+    upright = preprocessing.decode(encode(RAMP, "JPEG"), ImageFormat(64, 64))
     np.testing.assert_allclose(
-        preprocessing.decode(lying, (64, 64)).astype(int), upright.astype(int), atol=4
+        preprocessing.decode(lying, ImageFormat(64, 64)).astype(int), upright.astype(int), atol=4
     )
 
 
@@ -55,7 +81,7 @@ def test_file_and_bytes_give_the_same_pixels(tmp_path):
     file = tmp_path / "a.jpeg"
     file.write_bytes(encode(RAMP, "JPEG"))
     np.testing.assert_array_equal(
-        preprocessing.decode(file, (32, 32)), preprocessing.decode(file.read_bytes(), (32, 32))
+        preprocessing.decode(file, SMALL), preprocessing.decode(file.read_bytes(), SMALL)
     )
 
 
@@ -63,23 +89,23 @@ def test_file_and_bytes_give_the_same_pixels(tmp_path):
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"no image at all", "neither JPEG nor PNG"),
-        (encode(RAMP, "BMP"), "neither JPEG nor PNG"),
+        (b"no image at all", "is none of JPEG, PNG, BMP"),
+        (encode(RAMP, "GIF"), "is none of JPEG, PNG, BMP"),
         (encode(RAMP, "JPEG")[:900], "cannot be decoded"),
         (encode(RAMP, "PNG")[:-200], "cannot be decoded"),
     ],
 )
 def test_unreadable_picture_says_why(content, reason):
     with pytest.raises(UnreadableImage, match=reason):
-        preprocessing.decode(content, (32, 32))
+        preprocessing.decode(content, SMALL)
 
 
 def test_missing_file_says_so(tmp_path):
     with pytest.raises(UnreadableImage, match="does not exist"):
-        preprocessing.decode(Path(tmp_path / "gone.jpeg"), (32, 32))
+        preprocessing.decode(Path(tmp_path / "gone.jpeg"), SMALL)
 
 
-@pytest.mark.parametrize(("size", "expected"), [((64, 32), (16, 32)), ((30, 90), (32, 11))])
+@pytest.mark.parametrize(("size", "expected"), [((64, 32), (16, 32, 1)), ((30, 90), (32, 11, 1))])
 def test_decoding_within_keeps_the_proportions(size, expected, tmp_path):
     Image.new("L", size, 77).save(tmp_path / "a.png")
     decoded = preprocessing.decode_within(tmp_path / "a.png", 32)

@@ -7,10 +7,11 @@ import pytest
 
 from conftest import draw_part, former_cnn
 from defect_detection import PipelineError
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.training import devices
 from defect_detection.training.network import tf
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 LABELS = np.arange(16) % 2
 
 
@@ -33,14 +34,14 @@ def wrong_by(factor: float):
 
 
 def test_device_that_computes_as_the_cpu_does_is_taken(images):
-    built = former_cnn(SIZE)
+    built = former_cnn(TAKES.shape)
     device = devices.checked(built, images, LABELS, "GPU:0", wrong_by(1.0001))
     assert device.name == "GPU:0"
 
 
 @pytest.mark.parametrize("factor", [1.05, -1.0, 0.0, np.nan, np.inf])
 def test_device_that_computes_wrongly_is_not_taken(images, factor):
-    built = former_cnn(SIZE)
+    built = former_cnn(TAKES.shape)
     device = devices.checked(built, images, LABELS, "GPU:0", wrong_by(factor))
     assert device.name == devices.CPU
     assert "GPU:0 computes wrongly: it differs from the CPU by" in device.why
@@ -52,14 +53,14 @@ def test_device_that_cannot_run_the_model_is_not_taken(images):
             raise tf.errors.InvalidArgumentError(None, None, "no such operation")
         return devices.forward_and_backward(built, images, labels, device)
 
-    device = devices.checked(former_cnn(SIZE), images, LABELS, "GPU:0", run)
+    device = devices.checked(former_cnn(TAKES.shape), images, LABELS, "GPU:0", run)
     assert device == devices.Device(
         devices.CPU, "GPU:0 cannot run this model (InvalidArgumentError)"
     )
 
 
 def test_trying_a_model_leaves_it_as_it_was_and_dropout_out(images):
-    built = former_cnn(SIZE)
+    built = former_cnn(TAKES.shape)
     before = [weight.copy() for weight in built.get_weights()]
     first, second = (
         devices.forward_and_backward(built, images, LABELS, devices.CPU) for _ in range(2)
@@ -77,7 +78,7 @@ def test_wrong_gpu_is_told_and_the_cpu_used(images, monkeypatch, caplog):
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [gpu])
     monkeypatch.setattr(devices, "forward_and_backward", _wrong)
-    with devices.chosen("auto", lambda: former_cnn(SIZE), images, LABELS) as device:
+    with devices.chosen("auto", lambda: former_cnn(TAKES.shape), images, LABELS) as device:
         assert "CPU:0" in tf.constant(1.0).device
     assert device.name == devices.CPU
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

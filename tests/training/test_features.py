@@ -12,10 +12,12 @@ import pytest
 from conftest import draw_part, drawn_dataset, former_cnn, small_cnn
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Dataset
+from defect_detection.runtime import preprocessing
+from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import Sampling
 from defect_detection.training import features, network
 
-SIZE = (32, 32)
+TAKES = ImageFormat(32, 32)
 PHOTOGRAPHS = np.array([0] * 20 + [1] * 2 + [2] * 8 + [3] * 10)
 
 
@@ -29,7 +31,7 @@ def pictures() -> Dataset:
 
 @pytest.fixture(scope="module")
 def model():
-    return small_cnn(SIZE)
+    return small_cnn(TAKES.shape)
 
 
 def test_each_photograph_of_a_class_has_as_many_variants(pictures, model, tmp_path):
@@ -61,11 +63,11 @@ def test_features_are_what_the_pretrained_layers_give(pictures, model, tmp_path)
 
 
 def test_of_a_model_without_pretrained_layers_the_variants_are_kept(pictures, tmp_path):
-    found = features.compute(former_cnn(SIZE), pictures, Sampling(20, 0, tmp_path))
+    found = features.compute(former_cnn(TAKES.shape), pictures, Sampling(20, 0, tmp_path))
     plain = np.flatnonzero(~found.varied)
     np.testing.assert_array_equal(found.take(plain), pictures.images[found.images[plain]])
     varied = found.take(np.flatnonzero(found.varied))
-    assert varied.shape[1:] == (*SIZE, 1) and varied.min() >= 0 and varied.max() <= 255
+    assert varied.shape[1:] == TAKES.shape and varied.min() >= 0 and varied.max() <= 255
 
 
 def test_computed_once_and_found_again(pictures, model, tmp_path, monkeypatch):
@@ -73,7 +75,7 @@ def test_computed_once_and_found_again(pictures, model, tmp_path, monkeypatch):
     first = features.compute(model, pictures, sampling)
     with monkeypatch.context() as patch:
         patch.setattr(features, "_batches", lambda *_: pytest.fail("computed again"))
-        again = features.compute(small_cnn(SIZE), pictures, sampling)
+        again = features.compute(small_cnn(TAKES.shape), pictures, sampling)
     assert again.path == first.path
     assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
 
@@ -91,15 +93,15 @@ def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, 
     elif change == "photographs":
         data = replace(pictures, photographs=np.arange(40))
     elif change == "weights":
-        model = small_cnn(SIZE)
+        model = small_cnn(TAKES.shape)
         kernel, bias = model.get_layer("pretrained").get_layer("stem").get_weights()
         model.get_layer("pretrained").get_layer("stem").set_weights([kernel * 1.01, bias])
     elif change == "layers":  # other features of the same weights and shape
         monkeypatch.setattr(network.layers, "MaxPooling2D", network.layers.AveragePooling2D)
-        model = small_cnn(SIZE)
+        model = small_cnn(TAKES.shape)
         monkeypatch.undo()
     elif change == "preprocessing":
-        monkeypatch.setattr(features, "PREPROCESSING", "another")
+        monkeypatch.setattr(preprocessing, "PREPROCESSING", "another")
     else:
         sampling = replace(sampling, **{change: 30})
     assert features.compute(model, data, sampling).path != first

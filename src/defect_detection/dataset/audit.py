@@ -10,6 +10,7 @@ from defect_detection.dataset.folder import GROUPS_FILE, SIDES, SPLIT_FILE, Data
 from defect_detection.dataset.split import Dataset, Split, describe_leakage, read
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES
+from defect_detection.runtime.preprocessing import ImageFormat
 
 SHOWN = 5  # findings of a kind in the text; the JSON file has all
 
@@ -70,14 +71,14 @@ class Audit:
         return {path: number for number, paths in enumerate(self.photographs, 1) for path in paths}
 
 
-def inspect(folder: DataFolder, image_size: tuple[int, int]) -> Audit:
+def inspect(folder: DataFolder, wanted: ImageFormat) -> Audit:
     """Inspect `train` and, if it exists, `test`.
 
     Raises:
         PipelineError: a class folder is missing or empty, or a CSV file lacks an image.
     """
     sides = list(SIDES) if folder.split_file.exists() else folder.sides or ["train"]
-    every = read(folder, {side: folder.images(side) for side in sides}, image_size)
+    every = read(folder, {side: folder.images(side) for side in sides}, wanted)
     by_photograph, by_content = defaultdict(list), defaultdict(list)
     for data in every:
         for path, content, number in zip(data.paths, data.contents, data.photographs, strict=True):

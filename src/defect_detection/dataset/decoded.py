@@ -16,7 +16,7 @@ from defect_detection.atomic import replace_atomically
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES, POSITIVE
-from defect_detection.runtime.preprocessing import UnreadableImage
+from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class Decoded:
     Attributes:
         folder: the data folder, from which the paths count.
         side: "train" or "test".
-        images: uint8 (n, height, width, 1), memory-mapped, 0 = black.
+        images: uint8 (n, *format.shape), memory-mapped, 0 = black.
+        format: of the images.
         labels: uint8 (n,), 1 = defect, 0 = ok.
         paths: (n,) paths relative to the folder, sorted by class, then name.
         contents: (n,) SHA-256 of each file.
@@ -44,6 +45,7 @@ class Decoded:
     folder: DataFolder
     side: str
     images: np.ndarray
+    format: ImageFormat
     labels: np.ndarray
     paths: tuple[str, ...]
     contents: tuple[str, ...]
@@ -58,12 +60,6 @@ class Decoded:
         return str(self.folder.path / self.side)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        height, width = self.images.shape[1:3]
-        return height, width
-
-    @property
     def counts(self) -> dict[str, int]:
         """Images of each class."""
         return {name: int(np.sum(self.labels == (name == POSITIVE))) for name in CLASSES}
@@ -73,28 +69,25 @@ class Decoded:
         return self.folder.path / self.paths[row]
 
 
-def decode(
-    folder: DataFolder, paths: list[Path], side: str, image_size: tuple[int, int]
-) -> Decoded:
+def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat) -> Decoded:
     """Decode image files, or take their pixels from the cache if their content is known.
 
     Args:
         folder: holds the files and names the cache.
         paths: of the files.
         side: of the split, named in messages and in the cache.
-        image_size: height and width in pixels.
+        wanted: size, colour and shape of the pixels.
     """
     names = [folder.relative(path) for path in paths]
     contents = [hashlib.sha256(_content(path)).hexdigest() for path in paths]
     digest = _digest(names, contents)
-    height, width = image_size
-    stem = folder.cache / f"{side}-{digest[:16]}-{height}x{width}-{preprocessing.PREPROCESSING}"
-    skipped = _cached(stem, len(paths), image_size)
+    stem = folder.cache / f"{side}-{digest[:16]}-{wanted.key}"
+    skipped = _cached(stem, len(paths), wanted)
     if skipped is None:
         log.info("Decoding %d images of %s", len(paths), folder.path / side)
-        skipped = _decode_all(folder, paths, image_size, stem)
+        skipped = _decode_all(folder, paths, wanted, stem)
         _delete_old(folder.cache)
-    shape = (len(paths) - len(skipped), height, width, 1)
+    shape = (len(paths) - len(skipped), *wanted.shape)
     pixels = np.memmap(_pixels(stem), np.uint8, "c", shape=shape) if shape[0] else np.empty(shape)
     unreadable = {path for path, _ in skipped}
     kept = [number for number, path in enumerate(names) if path not in unreadable]
@@ -102,6 +95,7 @@ def decode(
         folder=folder,
         side=side,
         images=pixels,
+        format=wanted,
         labels=np.array([paths[number].parent.name == POSITIVE for number in kept], np.uint8),
         paths=tuple(names[number] for number in kept),
         contents=tuple(contents[number] for number in kept),
@@ -132,23 +126,21 @@ def _skipped(stem: Path) -> Path:
     return stem.with_suffix(".json")
 
 
-def _cached(stem: Path, total: int, image_size: tuple[int, int]) -> Skipped | None:
+def _cached(stem: Path, total: int, wanted: ImageFormat) -> Skipped | None:
     """Return what was skipped when the images were decoded; None if the cache is incomplete."""
     try:
         skipped = tuple((path, why) for path, why in json.loads(_skipped(stem).read_text()))
         size = _pixels(stem).stat().st_size
     except (FileNotFoundError, ValueError):
         return None
-    return skipped if size == (total - len(skipped)) * math.prod(image_size) else None
+    return skipped if size == (total - len(skipped)) * math.prod(wanted.shape) else None
 
 
-def _decode_all(
-    folder: DataFolder, paths: list[Path], image_size: tuple[int, int], stem: Path
-) -> Skipped:
+def _decode_all(folder: DataFolder, paths: list[Path], wanted: ImageFormat, stem: Path) -> Skipped:
     """Write the pixels of all readable images to the cache; return the unreadable ones."""
     skipped = []
     with replace_atomically(_pixels(stem)) as temporary, temporary.open("wb") as file:
-        for path, image in _decoded(paths, image_size):
+        for path, image in _decoded(paths, wanted):
             if isinstance(image, UnreadableImage):
                 skipped.append((folder.relative(path), str(image)))
             else:
@@ -159,11 +151,11 @@ def _decode_all(
 
 
 def _decoded(
-    paths: list[Path], image_size: tuple[int, int]
+    paths: list[Path], wanted: ImageFormat
 ) -> Iterator[tuple[Path, np.ndarray | UnreadableImage]]:
     def attempt(path: Path) -> np.ndarray | UnreadableImage:
         try:
-            return preprocessing.decode(path, image_size)
+            return preprocessing.decode(path, wanted)
         except UnreadableImage as error:
             return error
 

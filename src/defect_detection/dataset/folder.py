@@ -1,17 +1,29 @@
 """A data folder: which images it has, on which side of the split, under which label."""
 
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.atomic import read_mapping
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES
-from defect_detection.settings import InferenceExamples, from_root
+from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
+from defect_detection.settings import Color, InferenceExamples, from_root
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT = 256  # images, to choose the format
+# An image has colour if more than this share of its pixels has channels that are further apart
+# than this many grey levels; the images of a folder have it if more than this share has.
+COLOURFUL, COLOURED_PIXELS, COLOURED_SHARE = 24, 0.001, 0.02
+SAME_SHAPE = 1.25  # ratio of two aspects up to which borders are not worth a word
 
 SIDES = ("train", "test")
 SPLIT_FILE = "split.csv"  # says which image is on which side, whatever folder it lies in
@@ -99,6 +111,33 @@ class DataFolder:
         """
         return [path for name in CLASSES for path in _images(self.path / side / name)]
 
+    def image_format(self, image_size: tuple[int, int], color: Color) -> ImageFormat:
+        """Choose the pixels that a model for the training images takes.
+
+        Args:
+            image_size: height and width in pixels.
+            color: "auto" for colour if the images have it, or "grey".
+
+        Raises:
+            PipelineError: there are no training images.
+        """
+        paths = self.images("train")
+        some = [paths[i] for i in np.linspace(0, len(paths) - 1, LOOKED_AT).astype(int)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = [one for one in pool.map(_look_at, dict.fromkeys(some)) if one is not None]
+        coloured = sum(one.coloured for one in looks) > COLOURED_SHARE * len(looks)
+        height, width = image_size
+        usual = np.median([one.aspect for one in looks]) if looks else width / height
+        if abs(math.log(usual * height / width)) > math.log(SAME_SHAPE):
+            tall = round(math.sqrt(height * width / usual) / 32) * 32
+            wide = round(math.sqrt(height * width * usual) / 32) * 32
+            log.info(
+                "The images are %.2f times as wide as high and get borders to fill %d x %d. "
+                "image_size: [%d, %d] in src/config.yaml would lose less detail",
+                *(usual, width, height, max(tall, 32), max(wide, 32)),
+            )
+        return ImageFormat(height, width, 3 if color == "auto" and coloured else 1)
+
     def examples(
         self, configured: InferenceExamples, say: Callable[[str], None]
     ) -> tuple[Path, Path]:
@@ -128,6 +167,24 @@ class DataFolder:
     def relative(self, path: Path) -> str:
         """Return a path as it is named in `split.csv` and everywhere else: from this folder."""
         return path.relative_to(self.path).as_posix()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the choice of a format needs to know of an image."""
+
+    aspect: float  # width by height
+    coloured: bool
+
+
+def _look_at(path: Path) -> _Look | None:
+    """Look at a small copy of an image; None if it cannot be decoded."""
+    try:
+        pixels = preprocessing.decode_within(path, 128, channels=3).astype(int)
+    except UnreadableImage:
+        return None
+    colour = pixels.max(-1) - pixels.min(-1) > COLOURFUL
+    return _Look(pixels.shape[1] / pixels.shape[0], bool(colour.mean() > COLOURED_PIXELS))
 
 
 def _images(folder: Path) -> list[Path]:

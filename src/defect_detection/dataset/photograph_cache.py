@@ -23,7 +23,7 @@ METHOD = "photographs-1"  # names the file: change it whenever another answer is
 
 def describe_files(paths: Iterable[Path]) -> list[Keypoints]:
     """Find the keypoints of readable image files, several at a time."""
-    return _parallel(lambda path: describe(preprocessing.decode_within(path, SIDE)), paths)
+    return _parallel(lambda path: describe(preprocessing.decode_within(path, SIDE)[..., 0]), paths)
 
 
 @contextmanager

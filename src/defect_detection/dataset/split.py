@@ -12,6 +12,8 @@ from defect_detection.atomic import read_mapping, write_mapping
 from defect_detection.dataset import decoded, holdout
 from defect_detection.dataset.decoded import Decoded
 from defect_detection.dataset.folder import SIDES, DataFolder
+from defect_detection.runtime.decision import CLASSES, POSITIVE
+from defect_detection.runtime.preprocessing import ImageFormat
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +31,22 @@ class Dataset(Decoded):
 
     photographs: np.ndarray
 
-    def images_at(self, image_size: tuple[int, int]) -> np.ndarray:
-        """Return the same images at another size, uint8 (n, height, width, 1).
+    @property
+    def photograph_counts(self) -> list[int]:
+        """Photographs of each class, in the order of `CLASSES`."""
+        of_class = (self.labels == (name == POSITIVE) for name in CLASSES)
+        return [len(np.unique(self.photographs[rows])) for rows in of_class]
+
+    def images_as(self, wanted: ImageFormat) -> np.ndarray:
+        """Return the same images in another format, uint8 (n, *wanted.shape).
 
         Raises:
             PipelineError: the files have changed since this data set was read.
         """
-        if image_size == self.image_size:
+        if wanted == self.format:
             return self.images
         again = decoded.decode(
-            self.folder, [self.file(row) for row in range(len(self))], self.side, image_size
+            self.folder, [self.file(row) for row in range(len(self))], self.side, wanted
         )
         if again.contents != self.contents:
             raise PipelineError(f"{self}: files were changed while they were read. Run this again")
@@ -78,8 +86,8 @@ def describe_leakage(leaked: int, testing: int) -> str:
     )
 
 
-def load(folder: DataFolder, image_size: tuple[int, int]) -> Split:
-    """Load the training and the test images at a size, height and width in pixels.
+def load(folder: DataFolder, wanted: ImageFormat) -> Split:
+    """Load the training and the test images in a format.
 
     Raises:
         PipelineError: a class folder is missing or holds no readable image, more than 5 % of the
@@ -89,22 +97,20 @@ def load(folder: DataFolder, image_size: tuple[int, int]) -> Split:
     if folder.split_file.exists():
         counted = ", ".join(f"{len(files[side])} in {side}" for side in SIDES)
         log.info("Following %s: %s. Delete it to use the folders", folder.split_file, counted)
-    every = [decoded.decode(folder, files[side], side, image_size) for side in SIDES]
+    every = [decoded.decode(folder, files[side], side, wanted) for side in SIDES]
     for one in every:
         _require_readable(one)
     training, testing = _with_photographs(folder, every)
     return Split(training, testing)
 
 
-def read(
-    folder: DataFolder, files: dict[str, list[Path]], image_size: tuple[int, int]
-) -> list[Dataset]:
+def read(folder: DataFolder, files: dict[str, list[Path]], wanted: ImageFormat) -> list[Dataset]:
     """Read image files, however many of them are readable, and find their photographs.
 
     Args:
         folder: the data folder.
         files: of each side.
-        image_size: height and width in pixels.
+        wanted: size, colour and shape of the pixels.
 
     Returns:
         A data set for each side, in the order of `files`.
@@ -112,7 +118,7 @@ def read(
     Raises:
         PipelineError: `groups.csv` lacks an image.
     """
-    every = [decoded.decode(folder, paths, side, image_size) for side, paths in files.items()]
+    every = [decoded.decode(folder, paths, side, wanted) for side, paths in files.items()]
     return _with_photographs(folder, every)
 
 
@@ -124,7 +130,7 @@ def _with_photographs(folder: DataFolder, every: list[Decoded]) -> list[Dataset]
     ]
 
 
-def resplit(folder: DataFolder, share: float, seed: int, image_size: tuple[int, int]) -> Path:
+def resplit(folder: DataFolder, share: float, seed: int, wanted: ImageFormat) -> Path:
     """Write `split.csv`: a test set of `share` that has no photograph in common with training.
 
     No image is moved. Classes keep their proportions as well as whole photographs allow.
@@ -135,7 +141,7 @@ def resplit(folder: DataFolder, share: float, seed: int, image_size: tuple[int, 
     Raises:
         PipelineError: a class has too few photographs.
     """
-    every = read(folder, {side: folder.images_in(side) for side in folder.sides}, image_size)
+    every = read(folder, {side: folder.images_in(side) for side in folder.sides}, wanted)
     paths = [path for one in every for path in one.paths]
     labels = np.concatenate([one.labels for one in every])
     photographs = np.concatenate([one.photographs for one in every])

@@ -42,9 +42,7 @@ def contact_sheet(folder: Path, audit: Audit) -> Figure:
         axes.set_title(what, fontsize=10, fontweight="bold", loc="left")
         for column, path in enumerate(pair):
             place = axes.inset_axes((0.48 * column, 0.1, 0.46, 0.9))
-            place.imshow(
-                preprocessing.decode_within(folder / path, 256), cmap="gray", vmin=0, vmax=255
-            )
+            place.imshow(preprocessing.decode_within(folder / path, 256, 3))
             place.set_axis_off()
             parent, _, name = path.rpartition("/")
             place.set_title(f"{parent}/\n{name}", fontsize=7, loc="left", y=-0.2)

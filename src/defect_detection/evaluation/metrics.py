@@ -7,6 +7,7 @@ import numpy as np
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint, is_defect
 
 TELLING_WIDTH = 0.2  # distance of confidence bounds beyond which they say nothing
+LARGEST_EXACT = 250_000  # product of the sizes of two groups for an exact test of both together
 SIGNIFICANT = 0.05  # p-value below which a difference is more than chance
 
 
@@ -306,6 +307,26 @@ def bounds(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
         return 0.0, 1.0
     interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)
+
+
+def barnard_p_value(table: list[list[int]]) -> float:
+    """Return the one-sided p-value of Barnard's exact test (1945).
+
+    Args:
+        table: the columns are two groups, the rows how many have a property and how many do not.
+
+    Returns:
+        How likely at most the first group has the property that much more often by chance.
+    """
+    from scipy.stats import barnard_exact
+
+    (found, rejected), (missed, passed) = table
+    first, second = found + missed, rejected + passed
+    if not first or not second:
+        return 1.0
+    if first * second > LARGEST_EXACT:  # takes minutes; bounds of each are exact too, and wider
+        return 0.0 if bounds(found, first)[0] > bounds(rejected, second)[1] else 1.0
+    return float(barnard_exact(table, alternative="greater").pvalue)
 
 
 def is_right(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> np.ndarray:

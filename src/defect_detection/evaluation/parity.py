@@ -49,7 +49,7 @@ def compare(
 
     Args:
         model: as `network.build` makes it.
-        images: uint8 (n, height, width, 1).
+        images: uint8 (n, height, width, channels).
         probabilities: (n,) of the other form.
         thresholds: an image whose verdict differs at any of them counts as flipped.
     """

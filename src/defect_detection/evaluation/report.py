@@ -16,7 +16,8 @@ from PIL import Image
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import figures
 from defect_detection.evaluation.metrics import Rate
-from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.evaluation.release import Registration
+from defect_detection.evaluation.result import Evaluation
 from defect_detection.evaluation.robustness import REPEATS, Robustness
 from defect_detection.registry.versions import PRODUCTION_ALIAS
 from defect_detection.runtime import heatmap, preprocessing
@@ -159,7 +160,9 @@ def _worst(evaluation: Evaluation, rows: np.ndarray) -> list[Mistake]:
     found = []
     for place in np.sort(worst)[:MISTAKES_SHOWN]:
         row = rows[place]
-        image = preprocessing.decode_within(testing.file(row), MISTAKE_SIDE)
+        takes = evaluation.takes
+        image = preprocessing.decode_within(testing.file(row), MISTAKE_SIDE, takes.channels)
+        drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
         found.append(
             Mistake(
                 path=testing.paths[row],
@@ -167,8 +170,8 @@ def _worst(evaluation: Evaluation, rows: np.ndarray) -> list[Mistake]:
                 others=int((photographs == photographs[place]).sum()) - 1,
                 review=bool(point.needs_review(probabilities[row])),
                 leaked=bool(leaked[row]),
-                image=_data_uri(Image.fromarray(image)),
-                heatmap=_data_uri(heatmap.draw(image, evaluation.maps[row])),
+                image=_data_uri(Image.fromarray(np.squeeze(image))),
+                heatmap=_data_uri(drawn),
             )
         )
     return found

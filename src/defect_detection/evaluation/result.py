@@ -1,4 +1,4 @@
-"""The result of an evaluation, and of the registration that follows it."""
+"""The result of an evaluation."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,10 +7,10 @@ import numpy as np
 
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import metrics
-from defect_detection.evaluation.metrics import Comparison, ErrorRates, Rate, Scores, Unseen
-from defect_detection.registry.versions import Version
+from defect_detection.evaluation.metrics import ErrorRates, Rate, Scores, Unseen
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint
+from defect_detection.runtime.preprocessing import ImageFormat
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Evaluation:
 
     Attributes:
         split: the images.
+        takes: the pixels that the model takes.
+        full_evidence: what heatmaps draw in full colour.
         point: the model's operating point.
         probabilities: float32 (n,) of a defect, for each test image.
         maps: float32 (n, h, w), evidence of a defect.
@@ -26,6 +28,8 @@ class Evaluation:
     """
 
     split: Split
+    takes: ImageFormat
+    full_evidence: float | None
     point: OperatingPoint
     probabilities: np.ndarray
     maps: np.ndarray
@@ -49,10 +53,18 @@ class Evaluation:
     @cached_property
     def photograph_error_rates(self) -> ErrorRates:
         """Error rates by photograph, which is judged by the mean of its images."""
-        by_photograph = metrics.by_photograph(
+        return metrics.error_rates(*self._by_photograph, self.point)
+
+    @cached_property
+    def photograph_scores(self) -> Scores:
+        """Counts and rates by photograph at the threshold 0.5."""
+        return metrics.score(*self._by_photograph, ACCURACY_THRESHOLD)
+
+    @cached_property
+    def _by_photograph(self) -> tuple[np.ndarray, np.ndarray]:
+        return metrics.by_photograph(
             self.labels, self.probabilities, self.split.testing.photographs
         )
-        return metrics.error_rates(*by_photograph, self.point)
 
     @cached_property
     def unseen(self) -> Unseen:
@@ -127,28 +139,17 @@ def evaluate(classifier: Classifier, split: Split) -> Evaluation:
     """Judge the test images with a model.
 
     Raises:
-        PipelineError: the model takes another image size and the files have changed meanwhile.
+        PipelineError: the model takes other pixels and the files have changed meanwhile.
     """
-    images = split.testing.images_at(classifier.image_size)
+    images = split.testing.images_as(classifier.takes)
     probabilities, maps = classifier.examine(images)
     unknown = sum(map(bool, classifier.ood_reasons(images)))
-    return Evaluation(split, classifier.point, probabilities, maps, Rate(unknown, len(images)))
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What became of an evaluated model.
-
-    Attributes:
-        version: the version that was registered.
-        champion: the version that had the alias prod before, None if none had.
-        comparison: with the champion on the same images, None if the champion cannot be run.
-        decision: about the alias, in words.
-        in_production: whether the version has the alias prod now.
-    """
-
-    version: Version
-    champion: Version | None
-    comparison: Comparison | None
-    decision: str
-    in_production: bool
+    return Evaluation(
+        split=split,
+        takes=classifier.takes,
+        full_evidence=classifier.full_evidence,
+        point=classifier.point,
+        probabilities=probabilities,
+        maps=maps,
+        unknown=Rate(unknown, len(images)),
+    )

@@ -52,7 +52,7 @@ def _noisy(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.
 
 
 def _moved(image: np.ndarray, degrees: float, shift: tuple[float, float]) -> np.ndarray:
-    height, width = image.shape
+    height, width = image.shape[:2]
     turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1)
     turn[:, 2] += shift
     return cv2.warpAffine(image, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
@@ -60,7 +60,7 @@ def _moved(image: np.ndarray, degrees: float, shift: tuple[float, float]) -> np.
 
 def _recompressed(image: np.ndarray, quality: int) -> np.ndarray:
     _, encoded = cv2.imencode(".jpeg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
+    return cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
 
 
 def _slightly(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -99,7 +99,7 @@ class Robustness:
 def measure(classifier: Classifier, testing: Dataset) -> Robustness:
     """Measure a model's robustness on up to `MOST` test images of its size, evenly spread."""
     some = np.linspace(0, len(testing) - 1, min(len(testing), MOST)).astype(int)
-    images = testing.images_at(classifier.image_size)[some]
+    images = testing.images_as(classifier.takes)[some]
     return Robustness(
         len(some),
         table(classifier, images, testing.labels[some]),
@@ -112,7 +112,7 @@ def table(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> lis
 
     Args:
         classifier: the model.
-        images: uint8 (n, height, width, 1).
+        images: uint8 (n, height, width, channels).
         labels: (n,), 1 = defect.
     """
     rows = []
@@ -125,7 +125,7 @@ def table(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> lis
 
 
 def repeatability(classifier: Classifier, images: np.ndarray) -> Repeatability:
-    """Judge each image, uint8 (n, height, width, 1), again with small disturbances."""
+    """Judge each image, uint8 (n, height, width, channels), again with small disturbances."""
     undisturbed = classifier.probabilities(images)
     verdict = is_defect(undisturbed, classifier.point.threshold)
     flipped = np.zeros(len(images), bool)
@@ -139,6 +139,6 @@ def repeatability(classifier: Classifier, images: np.ndarray) -> Repeatability:
 
 
 def disturbed(images: np.ndarray, disturb: Disturb, number: int = 0) -> np.ndarray:
-    """Disturb images, uint8 (n, height, width, 1); the same `number` gives the same."""
+    """Disturb images, uint8 (n, height, width, c); the same `number` gives the same."""
     rng = np.random.default_rng([SEED, number])
-    return np.stack([disturb(image[..., 0], rng) for image in images])[..., np.newaxis]
+    return np.stack([disturb(np.squeeze(image), rng) for image in images]).reshape(images.shape)

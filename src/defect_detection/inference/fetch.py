@@ -48,11 +48,7 @@ def fetch(source: Source) -> LocalVersion:
     with store.connected(source.store):
         version = versions.in_production(source.name)
         if version is None:
-            raise PipelineError(
-                f"No version of {source.name} has the alias {versions.PRODUCTION_ALIAS}. Run "
-                f"'python src/train.py', then 'python src/evaluation.py'; the test accuracy must "
-                f"reach evaluation_threshold of src/config.yaml"
-            )
+            raise PipelineError(_nothing_in_production(source.name))
         # Other stores count versions from 1 too, but no two versions have the same source.
         folder = source.models / f"{version.name}-{version.number}-{short_hash(version.source)}"
         if not folder.is_dir():
@@ -64,6 +60,25 @@ def fetch(source: Source) -> LocalVersion:
     os.utime(folder)
     _delete_old(source.models)
     return found
+
+
+def _nothing_in_production(name: str) -> str:
+    """Return why no version is in production, and what to do."""
+    from defect_detection.registry import versions
+
+    start = f"No version of {name} has the alias {versions.PRODUCTION_ALIAS}"
+    held_back = [one for one in versions.with_accuracy(name) if not one.released]
+    if not held_back:
+        return (
+            f"{start}. Run 'python src/train.py', then 'python src/evaluation.py'; the test "
+            f"accuracy must reach evaluation_threshold of src/config.yaml"
+        )
+    newest = held_back[-1]
+    return (
+        f"{start}, since none is released. Version {newest.number}: {newest.why_not_released}. "
+        f"What to try is printed by 'python src/evaluation.py'; the report is report.html of the "
+        f"run {newest.tags.get(versions.EVALUATED_BY, 'unknown')}"
+    )
 
 
 def _fetch_files(version: "Version", folder: Path) -> None:

@@ -3,11 +3,12 @@
 import itertools
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from defect_detection import PipelineError
@@ -60,6 +61,46 @@ class NamedModel:
         return model
 
 
+class Heatmaps:
+    """Writes images with the evidence over them into a folder, as PNG, under their own names."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._named: dict[str, str] = {}  # the image that has a name, by name
+
+    def write(self, item: Item, verdict: Verdict, classifier: Classifier) -> None:
+        """Write one, if the image could be judged.
+
+        Raises:
+            PipelineError: it cannot be written.
+        """
+        if verdict.evidence is None:
+            return
+        from defect_detection.runtime import heatmap, preprocessing
+
+        takes = classifier.takes
+        image = preprocessing.decode_within(item.source, HEATMAP_SIDE, takes.channels)
+        drawn = heatmap.draw(image, verdict.evidence, takes, classifier.full_evidence)
+        caption = f"{verdict}\nthreshold {classifier.point.threshold:.4f}"
+        target = self._folder / self._name(item)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            heatmap.captioned(drawn, caption).save(target, compress_level=1)
+        except OSError as error:
+            raise PipelineError(f"{target}: cannot be written ({error.strerror})") from error
+
+    def _name(self, item: Item) -> str:
+        """Return the image's name; a number is added where another image has it already."""
+        path = PurePath("stdin" if item.path == "-" else os.path.abspath(item.path))
+        with self._lock:
+            for number in itertools.count(1):
+                name = f"{path.stem}{f'-{number}' if number > 1 else ''}{path.suffix}.png"
+                if self._named.setdefault(name, str(path)) == str(path):
+                    return name
+        raise AssertionError("numbers do not end")
+
+
 class Judge:
     """Judges with a model that may be replaced between two streams of images.
 
@@ -70,7 +111,7 @@ class Judge:
     def __init__(self, model: NamedModel, heatmaps: Path | None, pool: ThreadPoolExecutor):
         """Judge with `model` in the threads of `pool`; write heatmaps into a folder if given."""
         self.model = model
-        self._heatmaps = heatmaps
+        self._heatmaps = Heatmaps(heatmaps) if heatmaps is not None else None
         self._pool = pool
 
     def rows(self, items: Iterable[Item]) -> Iterator[list[Row]]:
@@ -92,24 +133,5 @@ class Judge:
         verdicts = model.classifier.classify_all([item.source for item in chunk])
         if self._heatmaps is not None:
             for item, verdict in zip(chunk, verdicts, strict=True):
-                if verdict.evidence is not None:
-                    _write_heatmap(item, verdict, self._heatmaps)
+                self._heatmaps.write(item, verdict, model.classifier)
         return [Row.of(i.path, v, model.name) for i, v in zip(chunk, verdicts, strict=True)]
-
-
-def _write_heatmap(item: Item, verdict: Verdict, folder: Path) -> None:
-    """Write an image with the evidence over it as PNG, below `folder` at the image's own path."""
-    from defect_detection.runtime import heatmap, preprocessing
-
-    path = Path(os.path.relpath(item.path))
-    if ".." in path.parts:
-        path = Path(*Path(os.path.abspath(item.path)).parts[1:])
-    target = folder / path.with_name(f"{path.name}.png" if item.path != "-" else "stdin.png")
-    image = preprocessing.decode_within(item.source, HEATMAP_SIDE)
-    assert verdict.evidence is not None and verdict.probability is not None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        drawn = heatmap.draw(image, verdict.evidence, verdict.probability)
-        drawn.save(target, compress_level=1)
-    except OSError as error:
-        raise PipelineError(f"{target}: cannot be written ({error.strerror})") from error

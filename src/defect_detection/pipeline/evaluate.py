@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Split
-from defect_detection.evaluation import parity, report, robustness
+from defect_detection.evaluation import parity, release, report, robustness
 from defect_detection.evaluation.report import Origin
 from defect_detection.evaluation.result import Evaluation, evaluate
 from defect_detection.pipeline import record, tell
@@ -22,12 +22,10 @@ class EvaluationPlan:
 
     Attributes:
         rules: what its registration goes by.
-        max_escape_rate: what the plant allows, for the report.
         prefix: precedes the names of the figures in a run that has training figures too.
     """
 
     rules: Rules
-    max_escape_rate: float
     prefix: str = ""
 
 
@@ -60,16 +58,19 @@ def evaluate_and_register(
         evaluation,
         done,
         robustness.measure(classifier, split.testing),
-        plan.max_escape_rate,
+        plan.rules.decisions.max_escape_rate,
         Origin(record.run_id(), record.commit()),
     )
-    tell.report(record.page(page))
+    uri = record.page(page)
+    tell.report(uri)
+    if not done.release.released:
+        tell.diagnosis(release.diagnosis(evaluation, done.release, uri))
     return done.version
 
 
 def _require_parity(model: LoggedModel, classifier: Classifier, evaluation: Evaluation) -> None:
-    keras = saved_model.load_keras(model.model_uri, classifier.image_size)
-    images = evaluation.split.testing.images_at(classifier.image_size)
+    keras = saved_model.load_keras(model.model_uri)
+    images = evaluation.split.testing.images_as(classifier.takes)
     thresholds = (classifier.point.threshold, ACCURACY_THRESHOLD)
     found = parity.compare(keras, images, evaluation.probabilities, thresholds)
     record.parity(found)

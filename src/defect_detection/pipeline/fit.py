@@ -16,6 +16,8 @@ from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
 from defect_detection.settings import Decisions, FitParameters, Sampling
 
+EVIDENCE_OF = 64  # defective images that say what strong evidence is
+
 # TensorFlow takes 4 s to import, so it is imported after options, data and store are checked.
 if TYPE_CHECKING:
     import keras
@@ -106,13 +108,23 @@ def to_served(fitted: Fit, data: Dataset) -> ServedModel:
     from defect_detection.training import network
 
     quantize = fitted.plan.quantize
+    litert = network.to_litert(fitted.result.model, quantize)
     return ServedModel(
-        litert=network.to_litert(fitted.result.model, quantize),
-        image_size=data.image_size,
+        litert=litert,
+        takes=data.format,
         point=fitted.point,
         ood=OodDetector.fit(data.images),
         quantize=quantize,
+        full_evidence=_full_evidence(Classifier(ServedModel(litert, data.format)), data),
     )
+
+
+def _full_evidence(classifier: Classifier, data: Dataset) -> float:
+    """Return the strongest evidence in the map of an ordinary defect."""
+    defects = np.flatnonzero(data.labels == 1)
+    some = defects[np.linspace(0, len(defects) - 1, min(len(defects), EVIDENCE_OF)).astype(int)]
+    _, maps = classifier.examine(data.images[some])
+    return float(np.median(maps.max((1, 2))))
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ def cross_validate(
 def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: int, of: int) -> Fold:
     from defect_detection.training import network
 
-    classifier = Classifier(ServedModel(network.to_litert(fitted.model), data.image_size))
+    classifier = Classifier(ServedModel(network.to_litert(fitted.model), data.format))
     labels, probabilities = data.labels[rows], classifier.probabilities(data.images[rows])
     by_photograph = metrics.by_photograph(labels, probabilities, data.photographs[rows])
     return Fold(

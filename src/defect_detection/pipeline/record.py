@@ -90,7 +90,11 @@ def plan(planned: FitPlan, data: Dataset, **more: object) -> None:
         more
         | dict(planned.layers)
         | asdict(planned.parameters)
-        | {"image_size": list(data.image_size), "variants": planned.sampling.variants}
+        | {
+            "image_size": [data.format.height, data.format.width],
+            "channels": data.format.channels,
+            "variants": planned.sampling.variants,
+        }
     )
 
 
@@ -122,6 +126,7 @@ def fit(fitted: Fit) -> None:
             "fit_seconds": result.seconds,
             "calibration_scale": result.calibration.scale,
             "calibration_shift": result.calibration.shift,
+            "calibration_overall": result.calibration.overall,
         }
         | {f"best_{key}": value for key, value in result.best.items()}
         | asdict(fitted.point)

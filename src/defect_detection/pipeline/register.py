@@ -4,11 +4,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from defect_detection.evaluation.metrics import Comparison
-from defect_detection.evaluation.result import Evaluation, Registration
+from defect_detection.evaluation.release import Registration, Release, judge
+from defect_detection.evaluation.result import Evaluation
+from defect_detection.pipeline import record
 from defect_detection.pipeline.champions import Champions
 from defect_detection.registry import promotion, versions
-from defect_detection.registry.versions import PRODUCTION_ALIAS, QUALIFIED, Version
-from defect_detection.settings import MLflowNames
+from defect_detection.registry.versions import (
+    EVALUATED_BY,
+    NOT_RELEASED,
+    PRODUCTION_ALIAS,
+    QUALIFIED,
+    RELEASED,
+    Version,
+)
+from defect_detection.settings import Decisions, MLflowNames
 
 
 class LoggedModel(Protocol):
@@ -33,13 +42,12 @@ class Rules:
 
     Attributes:
         names: of the registered models, and the accuracy that production takes.
-        promotion: "highest_acc", or "significant": the version may get the alias only if it is
-            significantly better than the champion.
+        decisions: what a version must show to get the alias.
         by: the user or the CI run that registers.
     """
 
     names: MLflowNames
-    promotion: str
+    decisions: Decisions
     by: str
 
 
@@ -51,13 +59,15 @@ class Decision:
         name: of the registered model that gets it as a new version.
         champion: the version that has the alias prod now, None if none has.
         comparison: with the champion, None if there is none or it cannot be run.
-        qualified: whether the rule lets the version get the alias.
+        qualified: whether the rule `promotion` lets the version get the alias.
+        release: whether it is released.
     """
 
     name: str
     champion: Version | None
     comparison: Comparison | None
     qualified: bool
+    release: Release
 
     def compared(self) -> str:
         """Return the comparison with the champion in words."""
@@ -78,7 +88,8 @@ def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decisi
         name=versions.gate(evaluation.scores.accuracy, rules.names),
         champion=champion,
         comparison=comparison,
-        qualified=rules.promotion != "significant" or better,
+        qualified=rules.decisions.promotion != "significant" or better,
+        release=judge(evaluation, rules.decisions),
     )
 
 
@@ -112,7 +123,9 @@ def move_alias(
     else:
         champions.add(version, evaluation)
         said, in_production = _promote(version, evaluation, champions, rules)
-    return Registration(version, decision.champion, decision.comparison, said, in_production)
+    return Registration(
+        version, decision.champion, decision.comparison, decision.release, said, in_production
+    )
 
 
 def describe(
@@ -129,6 +142,10 @@ def describe(
         tags["comparison"] = decision.compared()
     if not decision.qualified:
         tags[QUALIFIED] = "false"
+    tags[EVALUATED_BY] = record.run_id()
+    tags[RELEASED] = str(decision.release.released).lower()
+    if not decision.release.released:
+        tags[NOT_RELEASED] = "; ".join(decision.release.reasons)
     return description, tags
 
 
@@ -145,9 +162,13 @@ def _promote(
 ) -> tuple[str, bool]:
     digest = evaluation.split.testing.digest
     first = promotion.promote(version.name, digest, champions.update, rules.by)
-    said = (
-        f"Registered as {version.name} version {version.number}; {PRODUCTION_ALIAS} is version "
-        f"{first.number} with a test accuracy of {first.acc:.4f}"
+    said = f"Registered as {version.name} version {version.number}"
+    if not version.released:
+        said += ", not released"
+    if first is None:
+        return f"{said}; no version has the alias {PRODUCTION_ALIAS}", False
+    said += (
+        f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of {first.acc:.4f}"
     )
     if not version.qualified:
         said += ", since only a version that is significantly better replaces it"

@@ -95,6 +95,11 @@ def decision(said: str) -> None:
     print(said)
 
 
+def diagnosis(said: str) -> None:
+    """Print why a version is not released, and what to try."""
+    print(f"\n{said}")
+
+
 def report(uri: str) -> None:
     """Print where the report is."""
     print(f"Report: {uri}")

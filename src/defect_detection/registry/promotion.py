@@ -67,7 +67,7 @@ def actor(env: Mapping[str, str]) -> str:
     return f"{user} on {socket.gethostname()}"
 
 
-def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -> Version:
+def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -> Version | None:
     """Point the alias at the version with the highest `acc`, in a tie at the newer one.
 
     Accuracies on different test images cannot be compared, so only versions that were tested on
@@ -81,6 +81,9 @@ def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -
         digest: of the test images.
         score: updates a version's figures to these images; returns whether the version can be run.
         by: the user or the CI run that evaluates.
+
+    Returns:
+        The version that has the alias now, None if none is released.
     """
     _settle(name)
     target, unusable = None, set()
@@ -94,14 +97,20 @@ def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -
             for version in versions.with_accuracy(name)
             if version.test_digest == digest
             and version.number not in unusable
-            and (version.number == kept or version.qualified and not version.set_aside)
+            and (version.number == kept or _may_be_promoted(version))
         ]
+        if not eligible:
+            return present
         best = max(eligible, key=lambda version: (version.acc, version.number))
         if best.number in (target, kept):
             return best
         why = f"highest acc on the test images {digest[:12]}"
         _move(best, f"{why}: {best.acc:.4f}", by)
         target = best.number
+
+
+def _may_be_promoted(version: Version) -> bool:
+    return version.released and version.qualified and not version.set_aside
 
 
 def choose(name: str, number: int, why: str, by: str) -> Change:
@@ -111,7 +120,7 @@ def choose(name: str, number: int, why: str, by: str) -> Change:
     evaluation does not bring them back.
 
     Raises:
-        PipelineError: there is no such version, or it has the alias already.
+        PipelineError: there is no such version, it is not released, or it has the alias already.
     """
     _settle(name)
     every = {version.number: version for version in versions.with_accuracy(name)}
@@ -121,6 +130,11 @@ def choose(name: str, number: int, why: str, by: str) -> Change:
     target, present = every[number], versions.in_production(name)
     if present is not None and present.number == number:
         raise PipelineError(f"{PRODUCTION_ALIAS} is version {number} of {name} already")
+    if not target.released:
+        raise PipelineError(
+            f"{name} version {number} is not released: {target.why_not_released}. To release it "
+            f"nevertheless, turn that rule off in src/config.yaml and evaluate it again"
+        )
     preferred = {v.number for v in every.values() if (v.acc, v.number) > (target.acc, number)}
     left = {present.number} if present is not None else set()
     return _move(target, why, by, sorted(preferred | left))
@@ -135,7 +149,7 @@ def roll_back(name: str, why: str, by: str) -> Change:
     _settle(name)
     present = versions.in_production(name)
     if present is not None:
-        usable = {v.number for v in versions.with_accuracy(name) if not v.set_aside}
+        usable = {v.number for v in versions.with_accuracy(name) if v.released and not v.set_aside}
         for recorded in history(name):
             change = recorded.change
             if recorded.done and change.after == present.number and change.before in usable:

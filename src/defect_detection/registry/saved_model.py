@@ -42,7 +42,7 @@ def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
     """Log a Keras model and its LiteRT form as one MLflow model of the active run.
 
     Args:
-        model: takes float32 (n, height, width, 1) in [0, 255], returns (n, 1).
+        model: takes float32 (n, height, width, channels) in [0, 255], returns (n, 1).
         served: its LiteRT form and what decides about its probabilities.
         example: content of an image file, kept as the input example.
 
@@ -137,18 +137,18 @@ def load_classifier(model_uri: str) -> Classifier:
         return Classifier.load(files)
 
 
-def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
+def load_keras(model_uri: str) -> "keras.Model":
     """Load a logged or registered model for training, not compiled.
 
     Raises:
-        PipelineError: it takes images of another size, or its file is damaged or newer than Keras.
+        PipelineError: its file is damaged or newer than Keras.
     """
     native_output.silence_tensorflow()
     import keras
     import mlflow.tensorflow
 
     try:
-        model = mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
+        return mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
     # Keras raises all of these for a file that is damaged or was written by a newer version.
     except (TypeError, ValueError, OSError, KeyError, BadZipFile) as error:
         older = sys.version_info < (3, 11)  # Keras has no newer version for Python 3.10
@@ -161,10 +161,3 @@ def load_keras(model_uri: str, image_size: tuple[int, int]) -> "keras.Model":
                 else f"since it is damaged ({first_line(error)}). Train a new one"
             )
         ) from error
-    size = model.input_shape[1:3]
-    if size != tuple(image_size):
-        raise PipelineError(
-            f"{model_uri} takes images of {list(size)}, and image_size is {list(image_size)}: "
-            f"set image_size in re_train/re_train.yaml to {list(size)}"
-        )
-    return model

@@ -14,7 +14,10 @@ from defect_detection.settings import MLflowNames
 log = logging.getLogger(__name__)
 
 PRODUCTION_ALIAS = "prod"
-QUALIFIED, SET_ASIDE = "qualified", "set_aside"  # tags of a version
+# Tags of a version.
+QUALIFIED, SET_ASIDE = "qualified", "set_aside"
+RELEASED, NOT_RELEASED = "released", "not_released"  # the second says why not
+EVALUATED_BY = "evaluation_run"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Version:
     def qualified(self) -> bool:
         """Whether the configured rule lets it get the production alias."""
         return self.tags.get(QUALIFIED) != "false"
+
+    @property
+    def released(self) -> bool:
+        """Whether it may go into production; versions from before that rule may."""
+        return self.tags.get(RELEASED) != "false"
+
+    @property
+    def why_not_released(self) -> str:
+        """Why it is not released, in words."""
+        return self.tags.get(NOT_RELEASED, "")
 
     @property
     def set_aside(self) -> bool:

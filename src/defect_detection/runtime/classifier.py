@@ -80,9 +80,10 @@ class Classifier:
         Raises:
             ValueError, RuntimeError: the LiteRT file is damaged.
         """
-        self.image_size = served.image_size
+        self.takes = served.takes
         self.point = served.point
         self.quantize = served.quantize
+        self.full_evidence = served.full_evidence
         self._ood = served.ood
         self._litert = served.litert
         self._threads = threads or os.cpu_count()
@@ -105,27 +106,27 @@ class Classifier:
             raise model_files.damaged(folder, error) from error
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Return the probability of a defect, float32 (n,), for uint8 (n, height, width, 1)."""
+        """Return the probability of a defect, float32 (n,), for uint8 (n, *takes.shape)."""
         return self.examine(images)[0]
 
     def examine(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the probability of a defect and where the evidence for it lies.
 
         Args:
-            images: uint8 (n, height, width, 1).
+            images: uint8 (n, *takes.shape).
 
         Returns:
             Probabilities, float32 (n,), and maps, float32 (n, h, w): the evidence at each
             place, 0 or more; the probability grows with the map's power mean.
         """
         if not len(images):
-            probabilities, maps = self._run(np.zeros((1, *self.image_size, 1), np.float32))
+            probabilities, maps = self._run(np.zeros((1, *self.takes.shape), np.float32))
             return probabilities[:0], maps[:0]
         parts = [self._run(batch) for batch in _batches(images)]
         return np.concatenate([one for one, _ in parts]), np.concatenate([one for _, one in parts])
 
     def judge(self, images: np.ndarray) -> list[Verdict]:
-        """Return a verdict for each image, uint8 (n, height, width, 1)."""
+        """Return a verdict for each image, uint8 (n, *takes.shape)."""
         return [one for batch in _batches(images) for one in self._judge(batch)]
 
     def classify(self, source: Path | bytes) -> Verdict:
@@ -134,7 +135,7 @@ class Classifier:
         Raises:
             UnreadableImage: it cannot be decoded.
         """
-        return self.judge(preprocessing.decode(source, self.image_size)[np.newaxis])[0]
+        return self.judge(preprocessing.decode(source, self.takes)[np.newaxis])[0]
 
     def classify_all(self, sources: Sequence[Path | bytes]) -> list[Verdict]:
         """Decode and judge images; one that cannot be decoded gets the verdict "error"."""
@@ -142,14 +143,14 @@ class Classifier:
         errors: dict[int, Verdict] = {}
         for number, source in enumerate(sources):
             try:
-                images.append(preprocessing.decode(source, self.image_size))
+                images.append(preprocessing.decode(source, self.takes))
             except UnreadableImage as error:
                 errors[number] = Verdict("error", None, True, str(error))
         judged = iter(self.judge(np.stack(images)) if images else ())
         return [errors.get(number) or next(judged) for number in range(len(sources))]
 
     def ood_reasons(self, images: np.ndarray) -> list[str]:
-        """Return why each image, uint8 (n, height, width, 1), is unknown; "" if it is not."""
+        """Return why each image, uint8 (n, *takes.shape), is unknown; "" if it is not."""
         return [reason for batch in _batches(images) for reason in self._ood_reasons(batch)]
 
     def _judge(self, batch: np.ndarray) -> Iterator[Verdict]:
@@ -166,7 +167,7 @@ class Classifier:
             )
 
     def _ood_reasons(self, batch: np.ndarray) -> list[str]:
-        return self._ood.reasons(batch[..., 0]) if self._ood else [""] * len(batch)
+        return self._ood.reasons(preprocessing.grey(batch)) if self._ood else [""] * len(batch)
 
     def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with self._interpreter() as one:
@@ -188,7 +189,7 @@ class Classifier:
         # One at a time, since C++ output is suppressed for the whole process.
         with self._making, native_output.suppressed():
             one = _Interpreter(self._litert, self._threads)
-            one.run(np.zeros((1, *self.image_size, 1), np.float32))  # the first run builds kernels
+            one.run(np.zeros((1, *self.takes.shape), np.float32))  # the first run builds kernels
         return one
 
 
@@ -203,7 +204,7 @@ class _Interpreter:
         self._batch = 0
 
     def run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return probabilities (n,) and maps (n, ...) for float32 (n, height, width, 1)."""
+        """Return probabilities (n,) and maps (n, ...) for float32 (n, *takes.shape)."""
         if len(batch) != self._batch:
             self._interpreter.resize_tensor_input(self._input, batch.shape)
             self._interpreter.allocate_tensors()

@@ -19,6 +19,7 @@ from defect_detection.runtime.decision import (
     OperatingPoint,
 )
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.preprocessing import ImageFormat
 
 FLAVOUR = "litert"
 MODEL_FILE, OOD_FILE = "model.tflite", "scope.npz"
@@ -30,28 +31,34 @@ class ServedModel:
 
     Attributes:
         litert: content of the LiteRT file.
-        image_size: height and width in pixels that it takes.
+        takes: the pixels that it takes.
         point: how its probabilities become verdicts.
         ood: finds images unlike the training images; None for models saved without.
         quantize: how its weights are stored, one of `settings.QUANTIZE`.
+        full_evidence: evidence that heatmaps draw in full colour, so that those of a model can be
+            compared; None for models saved without, of which each image has its own scale.
     """
 
     litert: bytes
-    image_size: tuple[int, int]
+    takes: ImageFormat
     point: OperatingPoint = DEFAULT_OPERATING_POINT
     ood: OodDetector | None = None
     quantize: str = "none"
+    full_evidence: float | None = None
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the files into a folder; return the flavour's entry in `MLmodel`."""
         (folder / MODEL_FILE).write_bytes(self.litert)
         entry: dict[str, Any] = {
             "data": MODEL_FILE,
-            "image_size": list(self.image_size),
+            "image_size": [self.takes.height, self.takes.width],
+            "channels": self.takes.channels,
+            "fit": self.takes.fit,
             "class_names": list(CLASSES),
             "positive_class": POSITIVE,
             "quantize": self.quantize,
             "operating_point": asdict(self.point),
+            "full_evidence": self.full_evidence,
         }
         if self.ood is not None:
             self.ood.save(folder / OOD_FILE)
@@ -68,14 +75,18 @@ class ServedModel:
         try:
             entry = yaml.safe_load((folder / "MLmodel").read_text())["flavors"][FLAVOUR]
             height, width = entry["image_size"]
+            takes = ImageFormat(
+                height, width, entry.get("channels", 1), entry.get("fit", "stretch")
+            )
             # Versions registered before these were saved have none.
             point = OperatingPoint(**entry.get("operating_point", asdict(DEFAULT_OPERATING_POINT)))
             return cls(
                 litert=(folder / entry["data"]).read_bytes(),
-                image_size=(height, width),
+                takes=takes,
                 point=point,
                 ood=OodDetector.load(folder / entry["scope"]) if "scope" in entry else None,
                 quantize=entry.get("quantize", "none"),
+                full_evidence=entry.get("full_evidence"),
             )
         # NumPy raises EOFError for an empty archive.
         except (OSError, KeyError, TypeError, ValueError, EOFError) as error:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from defect_detection.runtime.preprocessing import grey
+
 SIDE = 16  # height and width of an image's thumbnail, pixels
 COMPONENTS = 16  # principal components of the thumbnails that are kept
 RARE = 0.001  # share of the training images, at either end, that the limits need not admit
@@ -58,9 +60,9 @@ class OodDetector:
 
     @classmethod
     def fit(cls, images: np.ndarray) -> "OodDetector":
-        """Learn the limits from training images, uint8 (n, height, width, 1)."""
+        """Learn the limits from training images, uint8 (n, height, width, channels)."""
         starts = range(0, len(images), 256)
-        batches = (images[i : i + 256, ..., 0].astype(np.float32) for i in starts)
+        batches = (grey(images[i : i + 256].astype(np.float32)) for i in starts)
         measured = [_measure(batch) for batch in batches]
         light, contrast, detail, thumbnails = map(np.concatenate, zip(*measured, strict=True))
         mean = thumbnails.mean(0)

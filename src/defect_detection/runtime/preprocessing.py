@@ -2,16 +2,55 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from defect_detection import PipelineError
 
-SUFFIXES = (".jpeg", ".jpg", ".png")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 # Part of the cache's key: change it whenever `decode` returns other pixels.
-PREPROCESSING = "grey-bilinear-1"
+PREPROCESSING = "bilinear-2"
+BORDER = 127  # grey of the borders of a letterboxed image
+
+Fit = Literal["letterbox", "stretch"]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """The pixels that a model takes.
+
+    Attributes:
+        height: in pixels.
+        width: in pixels.
+        channels: 1 for grey; 3 for red, green and blue.
+        fit: an image of another shape gets grey borders ("letterbox"), or is stretched, as models
+            were trained before there were borders.
+    """
+
+    height: int
+    width: int
+    channels: int = 1
+    fit: Fit = "letterbox"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the array of an image."""
+        return self.height, self.width, self.channels
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        colour = "grey" if self.channels == 1 else "colour"
+        return f"{self.height} x {self.width}, {colour}"
+
+    @property
+    def key(self) -> str:
+        """What names the files of images that were decoded to it."""
+        return f"{self.height}x{self.width}x{self.channels}-{self.fit}-{PREPROCESSING}"
 
 
 class UnreadableImage(PipelineError):
@@ -23,27 +62,41 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def decode(source: Path | bytes, size: tuple[int, int]) -> np.ndarray:
-    """Decode a JPEG or PNG image to grey and resize it.
+def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
+    """Decode an image to the pixels that a model takes.
 
     Args:
-        source: the file, or its bytes.
-        size: height and width in pixels; the aspect ratio is not kept.
+        source: the file, or its bytes: JPEG, PNG, BMP, TIFF (also with 16 bits) or WebP.
+        wanted: size, colour and shape.
 
     Returns:
-        uint8 array of shape (height, width, 1), 0 = black.
+        uint8 array of shape `wanted.shape`, 0 = black.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, or neither JPEG nor PNG.
+        UnreadableImage: the file is missing, empty, truncated, or in none of these formats.
     """
-    return _decode(source, max(size), lambda width, height: size)[..., np.newaxis]
+    height, width, channels = wanted.shape
+
+    def inside(image_width: int, image_height: int) -> tuple[int, int]:
+        if wanted.fit == "stretch":
+            return height, width
+        scale = min(height / image_height, width / image_width)
+        return max(1, round(image_height * scale)), max(1, round(image_width * scale))
+
+    pixels = _decode(source, max(height, width), channels, inside)
+    if pixels.shape == wanted.shape:
+        return pixels
+    boxed = np.full(wanted.shape, BORDER, np.uint8)
+    top, left = (height - pixels.shape[0]) // 2, (width - pixels.shape[1]) // 2
+    boxed[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return boxed
 
 
-def decode_within(source: Path | bytes, longest: int) -> np.ndarray:
-    """Decode as `decode` does, but keep the aspect ratio.
+def decode_within(source: Path | bytes, longest: int, channels: int = 1) -> np.ndarray:
+    """Decode an image and keep its aspect ratio.
 
     Returns:
-        uint8 array of shape (height, width), the longer side `longest` pixels.
+        uint8 array of shape (height, width, channels), the longer side `longest` pixels.
 
     Raises:
         UnreadableImage: as `decode` raises it.
@@ -53,38 +106,47 @@ def decode_within(source: Path | bytes, longest: int) -> np.ndarray:
         scale = longest / max(width, height)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    return _decode(source, longest, in_proportion)
+    return _decode(source, longest, channels, in_proportion)
 
 
 def _decode(
-    source: Path | bytes, longest: int, choose: Callable[[int, int], tuple[int, int]]
+    source: Path | bytes, longest: int, channels: int, choose: Callable[[int, int], tuple[int, int]]
 ) -> np.ndarray:
     """Decode to the height and width that `choose` returns for the image's width and height."""
+    mode = "L" if channels == 1 else "RGB"
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
         if not content:
             raise UnreadableImage("is empty (0 bytes)")
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the requested size.
-            image.draft("L", (longest, longest))
+            image.draft(mode, (longest, longest))
             upright: Image.Image = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             height, width = choose(*upright.size)
-            grey = upright.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+            sized = upright.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage("is neither JPEG nor PNG") from error
+        raise UnreadableImage(f"is none of {', '.join(FORMATS)}") from error
     except FileNotFoundError as error:
         raise UnreadableImage("does not exist") from error
     # Pillow raises a dozen kinds of errors for broken files, SyntaxError among them.
     except Exception as error:
         raise UnreadableImage(f"cannot be decoded ({error})") from error
-    return np.asarray(grey)
+    return np.asarray(sized).reshape(height, width, channels)
 
 
 def dimensions(path: Path) -> tuple[int, int]:
     """Return the width and height of a readable image in pixels, without decoding it."""
-    with Image.open(path, formats=("JPEG", "PNG")) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return image.size
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    """Return images (n, height, width, channels) as grey, (n, height, width), of the same type."""
+    if images.shape[-1] == 1:
+        return images[..., 0]
+    # ITU-R BT.601, as Pillow converts to "L".
+    return (images @ np.array([0.299, 0.587, 0.114], np.float32)).astype(images.dtype)

@@ -15,7 +15,9 @@ import numpy as np
 
 from defect_detection.training.network import tf
 
-UNTOUCHED = 0.3  # share of the images that are only mirrored
+# A gentle variant is moved and lit this much less: dark areas and wrong shapes may be defects. It
+# is rotated by TILT, a strong one by any angle.
+GENTLE, TILT = 0.25, 0.1
 ZOOM = 0.15  # logarithm of the largest factor
 SQUASH = 0.05  # of one axis, and shear, as if the camera did not look straight down
 SHIFT = 0.06  # of the sides
@@ -38,20 +40,23 @@ _BINOMIAL = np.outer([1, 2, 1], [1, 2, 1]).reshape(3, 3, 1, 1) / 16
 class Augmentation:
     """Draws variants of images of one size."""
 
-    def __init__(self, image_size: tuple[int, int]):
-        self.height, self.width = image_size
-        self.side = float(min(image_size))
-        noise = np.random.default_rng(0).standard_normal((_NOISES, *image_size, 1))
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
+        self.side = float(min(height, width))
+        noise = np.random.default_rng(0).standard_normal((_NOISES, height, width, 1))
         self._noise = tf.constant(noise, tf.float32)
         self._x = tf.reshape(tf.linspace(-1.0, 1.0, self.width), (1, 1, -1, 1))
         self._y = tf.reshape(tf.linspace(-1.0, 1.0, self.height), (1, -1, 1, 1))
 
-    def __call__(self, images: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def __call__(
+        self, images: tf.Tensor, blemished: tf.Tensor, gentle: tf.Tensor, seed: tf.Tensor
+    ) -> tf.Tensor:
         """Vary a batch.
 
         Args:
-            images: float32 (n, height, width, 1) in [0, 255].
+            images: float32 (n, height, width, channels) in [0, 255].
             blemished: bool (n,), which images get a blemish.
+            gentle: bool (n,), which images are moved and lit as shots of one camera differ.
             seed: int64 (2,); the same seed gives the same variants.
 
         Returns:
@@ -66,10 +71,10 @@ class Augmentation:
             lambda: images,
         )
         draw = _Draws(count, seed)
-        untouched = draw(0, 1) < UNTOUCHED
-        moved = self._move(images, self._transforms(draw, untouched), draw)
-        taken = self._recompress(self._light(moved / 255, draw) * 255, draw)
-        return tf.where(_each(untouched), moved, taken)
+        strength = tf.where(gentle, GENTLE, 1.0)
+        turn = tf.where(gentle, draw(-TILT, TILT), draw(0, 2 * math.pi))
+        moved = self._move(images, self._transforms(draw, turn, strength), draw)
+        return self._recompress(self._light(moved / 255, draw, strength) * 255, draw)
 
     def _blemish(self, images: tf.Tensor, draw: "_Draws") -> tf.Tensor:
         """Draw a nick, a spot or a streak on each image.
@@ -104,24 +109,22 @@ class Augmentation:
         nick = (change > VISIBLE) & (_each(draw(0, 1)) < 0.5)
         return images + mask * (tf.where(nick, neighbour, tf.clip_by_value(grey, 0, 255)) - images)
 
-    def _transforms(self, draw: "_Draws", untouched: tf.Tensor) -> tf.Tensor:
+    def _transforms(self, draw: "_Draws", angle: tf.Tensor, strength: tf.Tensor) -> tf.Tensor:
         """Return (n, 8) projective transforms, from a place in the variant to one in the image.
 
         Each is a rotation, mirroring, zoom, squash and shear about the centre, then a shift.
         """
-        angle = tf.where(untouched, 0.0, draw(0, 2 * math.pi))
-        keep = tf.where(untouched, 0.0, 1.0)
-        zoom = tf.exp(keep * draw(-ZOOM, ZOOM))
-        squash = tf.exp(keep * draw(-SQUASH, SQUASH))
-        shear = keep * draw(-SQUASH, SQUASH)
+        zoom = tf.exp(strength * draw(-ZOOM, ZOOM))
+        squash = tf.exp(strength * draw(-SQUASH, SQUASH))
+        shear = strength * draw(-SQUASH, SQUASH)
         mirror = tf.where(draw(0, 1) < 0.5, 1.0, -1.0)
         cosine, sine = tf.cos(angle), tf.sin(angle)
         # Rotation @ [[squash * mirror, shear], [0, 1 / squash]]
         a, b = zoom * cosine * squash * mirror, zoom * (cosine * shear - sine / squash)
         c, d = zoom * sine * squash * mirror, zoom * (sine * shear + cosine / squash)
         x, y = (self.width - 1) / 2, (self.height - 1) / 2
-        right = x - a * x - b * y + keep * draw(-SHIFT, SHIFT) * self.width
-        down = y - c * x - d * y + keep * draw(-SHIFT, SHIFT) * self.height
+        right = x - a * x - b * y + strength * draw(-SHIFT, SHIFT) * self.width
+        down = y - c * x - d * y + strength * draw(-SHIFT, SHIFT) * self.height
         zero = tf.zeros_like(a)
         return tf.stack([a, b, right, c, d, down, zero, zero], axis=1)
 
@@ -145,14 +148,15 @@ class Augmentation:
             fill_value=grey,
         )
 
-    def _light(self, images: tf.Tensor, draw: "_Draws") -> tf.Tensor:
+    def _light(self, images: tf.Tensor, draw: "_Draws", strength: tf.Tensor) -> tf.Tensor:
         """Vary the tone curve, the light across the part, focus and noise of images in [0, 1]."""
-        images = tf.pow(tf.clip_by_value(images, 1e-4, 1), _each(tf.exp(draw(-GAMMA, GAMMA))))
-        angle, gradient = _each(draw(0, 2 * math.pi)), _each(draw(0, GRADIENT))
-        light = _each(draw(1 - LIGHT, 1 + LIGHT)) + gradient * tf.cos(angle) * self._x
+        gamma = tf.exp(strength * draw(-GAMMA, GAMMA))
+        images = tf.pow(tf.clip_by_value(images, 1e-4, 1), _each(gamma))
+        angle, gradient = _each(draw(0, 2 * math.pi)), _each(strength * draw(0, GRADIENT))
+        light = _each(1 + strength * draw(-LIGHT, LIGHT)) + gradient * tf.cos(angle) * self._x
         images *= light + gradient * tf.sin(angle) * self._y
         shadows = tf.image.resize(draw.grids(6), (self.height, self.width), "bicubic")
-        images *= 1 + _each(draw(0, SHADOWS)) * shadows
+        images *= 1 + _each(strength * draw(0, SHADOWS)) * shadows
         images = self._focus(tf.clip_by_value(images, 0, 1), draw(-1, 1))
         noise = tf.gather(self._noise, tf.cast(draw(0, _NOISES), tf.int32))
         images += noise * _each(draw(0, 1) ** 2 * NOISE / 255)
@@ -163,9 +167,10 @@ class Augmentation:
 
         The filter is applied `focus * BLURS` times, the last time in part.
         """
+        kernel = tf.constant(np.repeat(_BINOMIAL, images.shape[-1], axis=2), tf.float32)
         for number in range(BLURS):
             around = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
-            smooth = tf.nn.conv2d(around, tf.constant(_BINOMIAL, tf.float32), 1, "VALID")
+            smooth = tf.nn.depthwise_conv2d(around, kernel, [1, 1, 1, 1], "VALID")
             change = _each(tf.clip_by_value(focus * BLURS - number, 0, 1)) * (smooth - images)
             if number == 0:
                 change -= _each(tf.maximum(-focus, 0) * SHARPEN) * (smooth - images)

@@ -16,14 +16,26 @@ SCALES, SHIFTS = (0.2, 4.0), (-3.0, 3.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """An affine map of log-odds that makes probabilities agree with observed frequencies."""
+    """An affine map of log-odds that makes probabilities agree with observed frequencies.
+
+    Attributes:
+        scale: of the log-odds.
+        shift: added to them.
+        overall: scale of the log-odds from the image as a whole, in a model that weighs it.
+    """
 
     scale: float
     shift: float
+    overall: float = 0.0
 
-    def apply(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities, float32."""
-        log_odds = self.scale * _log_odds(probabilities) + self.shift
+    def apply(self, probabilities: np.ndarray, overall: np.ndarray | float = 0.0) -> np.ndarray:
+        """Return calibrated probabilities, float32 (n,).
+
+        Args:
+            probabilities: (n,) of a defect.
+            overall: log-odds (n,) from the image as a whole.
+        """
+        log_odds = self.scale * _log_odds(probabilities) + self.overall * overall + self.shift
         return (1 / (1 + np.exp(-log_odds))).astype(np.float32)
 
 
@@ -35,20 +47,52 @@ def calibrate(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
         probabilities: (n,) of a defect.
         weights: (n,) of each image in the cross-entropy.
     """
+    log_odds = np.asarray(_log_odds(probabilities))
+    (scale,), shift = _regression(labels, [log_odds], weights, [SCALES])
+    return Calibration(scale, shift)
+
+
+def combine(
+    labels: np.ndarray, probabilities: np.ndarray, overall: np.ndarray, weights: np.ndarray
+) -> Calibration:
+    """Weigh two sources of evidence by what they say of held-out images (Wolpert, 1992).
+
+    Args:
+        labels: (n,), 1 = defect.
+        probabilities: (n,) of a defect, from the map.
+        overall: log-odds (n,) from the image as a whole.
+        weights: (n,) of each image in the cross-entropy.
+    """
+    # Neither counts the wrong way round, and one that says nothing may count for nothing.
+    limits = [(0.0, SCALES[1])] * 2
+    of_map = np.asarray(_log_odds(probabilities))
+    scales, shift = _regression(labels, [of_map, overall], weights, limits)
+    return Calibration(scales[0], shift, scales[1])
+
+
+def _regression(
+    labels: np.ndarray,
+    log_odds: list[np.ndarray],
+    weights: np.ndarray,
+    limits: list[tuple[float, float]],
+) -> tuple[list[float], float]:
+    """Return a scale for each of `log_odds`, within its limits, and a shift."""
     from scipy.optimize import minimize  # inference does not need it
     from scipy.special import expit, log_expit
 
     labels, weights = np.asarray(labels, float), np.asarray(weights, float)
-    log_odds = _log_odds(probabilities)
+    columns = np.stack([*log_odds, np.ones(len(labels))], axis=1)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        found = values[0] * log_odds + values[1]
+        found = columns @ values
         losses = -labels * log_expit(found) - (1 - labels) * log_expit(-found)
         slopes = weights * (expit(found) - labels)
-        return np.sum(weights * losses), np.array([slopes @ log_odds, slopes.sum()])
+        return np.sum(weights * losses), slopes @ columns
 
-    found = minimize(loss, [1.0, 0.0], jac=True, bounds=[SCALES, SHIFTS], method="L-BFGS-B")
-    return Calibration(*map(float, found.x))
+    start = [1 / len(log_odds)] * len(log_odds) + [0.0]
+    found = minimize(loss, start, jac=True, bounds=[*limits, SHIFTS], method="L-BFGS-B")
+    *scales, shift = map(float, found.x)
+    return scales, shift
 
 
 def mean_in_log_odds(probabilities: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def chosen(
         requested: "cpu"; "auto", a GPU if there is one that computes rightly; or "gpu", the same,
             but there must be a GPU.
         make_model: makes a model to try.
-        images: uint8 (n, height, width, 1); a few are tried.
+        images: uint8 (n, height, width, channels); a few are tried.
         labels: (n,), 1 = defect.
 
     Raises:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +22,6 @@ import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Dataset
-from defect_detection.runtime.preprocessing import PREPROCESSING
 from defect_detection.settings import Sampling
 from defect_detection.training import augmentation, network
 from defect_detection.training.augmentation import Augmentation
@@ -34,6 +33,7 @@ BATCH = 16
 MOST_PLAIN = 1000  # images of a class without variation, for validation
 # Shares of the variants; a fit weighs both classes the same nevertheless.
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
+GENTLE = 0.3  # share of the variants that are gentle
 FILES_KEPT = 3
 PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
 LOG_EVERY = 15  # seconds
@@ -51,6 +51,8 @@ class Features:
         images: (n,) the number of the image that each comes from.
         photographs: (n,) the number of its photograph.
         varied: bool (n,), false for plain images.
+        gentle: bool (n,), variants that differ from the image as shots of one camera do.
+        blemished: bool (n,), variants of good parts with a blemish, which count as defects.
     """
 
     path: Path
@@ -60,6 +62,8 @@ class Features:
     images: np.ndarray
     photographs: np.ndarray
     varied: np.ndarray
+    gentle: np.ndarray
+    blemished: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,7 +79,7 @@ class Features:
     def among(self, images: np.ndarray) -> "Features":
         """Return the features of some images only."""
         kept = np.isin(self.images, images)
-        names = ("rows", "labels", "images", "photographs", "varied")
+        names = [field.name for field in fields(self) if field.name not in ("path", "shape")]
         return replace(self, **{name: getattr(self, name)[kept] for name in names})
 
 
@@ -120,6 +124,8 @@ def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
         images=planned.images,
         photographs=data.photographs[planned.images],
         varied=planned.varied,
+        gentle=planned.gentle,
+        blemished=planned.blemished,
     )
 
 
@@ -152,6 +158,7 @@ def _write(
 class _Plan:
     images: np.ndarray
     varied: np.ndarray
+    gentle: np.ndarray
     blemished: np.ndarray
 
 
@@ -166,7 +173,9 @@ def _plan(labels: np.ndarray, photographs: np.ndarray, variants: int, seed: int)
         _evenly(good, photographs, variants - sum(counts), rng)[1],
     ]
     number = np.repeat(range(len(parts)), [len(part) for part in parts])
-    return _Plan(np.concatenate(parts), number >= 2, number == 4)
+    varied = number >= 2
+    gentle = varied & (rng.random(len(number)) < GENTLE)
+    return _Plan(np.concatenate(parts), varied, gentle, number == 4)
 
 
 def _evenly(
@@ -196,9 +205,9 @@ def _by_photograph(rows: np.ndarray, photographs: np.ndarray) -> Iterator[np.nda
 
 def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
     total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
-    settled = (data.digest, PREPROCESSING, data.images.shape, seed, BATCH)
+    settled = (data.digest, data.format.key, len(data), seed, BATCH)
     total.update(repr(settled).encode())
-    for array in (planned.images, planned.varied, planned.blemished):
+    for array in (planned.images, planned.varied, planned.gentle, planned.blemished):
         total.update(array.tobytes())
     if layers is not None:
         # Without the numbers that Keras appends to names of layers.
@@ -212,16 +221,22 @@ def _batches(
     layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int, begun: int
 ) -> Iterator[np.ndarray]:
     """Yield the features from row `begun` on; the same seed gives the same features."""
-    augment = Augmentation(data.image_size)
+    augment = Augmentation(data.format.height, data.format.width)
 
     def run(
-        images: tf.Tensor, varied: tf.Tensor, blemished: tf.Tensor, seed: tf.Tensor
+        images: tf.Tensor,
+        varied: tf.Tensor,
+        blemished: tf.Tensor,
+        gentle: tf.Tensor,
+        seed: tf.Tensor,
     ) -> tf.Tensor:
         images = tf.cast(images, tf.float32)
         images = tf.cond(
             tf.reduce_any(varied),
             lambda: tf.where(
-                tf.reshape(varied, (-1, 1, 1, 1)), augment(images, blemished, seed), images
+                tf.reshape(varied, (-1, 1, 1, 1)),
+                augment(images, blemished, gentle, seed),
+                images,
             ),
             lambda: images,
         )
@@ -236,6 +251,7 @@ def _batches(
             data.images[planned.images[rows]],
             planned.varied[rows],
             planned.blemished[rows],
+            planned.gentle[rows],
             tf.constant([seed, start], tf.int64),
         ).numpy()
         if time.monotonic() - said > LOG_EVERY:

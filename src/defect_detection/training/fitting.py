@@ -14,15 +14,16 @@ from defect_detection.evaluation import metrics
 from defect_detection.runtime.classifier import MAP, PROBABILITY
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
 from defect_detection.settings import FitParameters
-from defect_detection.training import calibration, network
+from defect_detection.training import calibration, network, overall
 from defect_detection.training.calibration import Calibration
 from defect_detection.training.features import Features
 from defect_detection.training.network import keras, tf
+from defect_detection.training.overall import Overall
 
 BATCH = 32  # for predictions
-TUNING = 0.02  # learning rate of tuned blocks, as a share of the head's
 # Largest numbers of variants and of places for the features' mean and variance.
 MEASURED, MEASURED_PLACES = 512, 2**17
+STARTED = 64  # images by which the first weights of a map are scaled
 AGREED = 512  # images on which the merged model is matched to the fits
 
 Report = Callable[[int, dict[str, float]], None]
@@ -107,41 +108,54 @@ def fit(
     plain = np.flatnonzero(~features.varied)
     labels, photographs = features.labels[plain], features.photographs[plain]
     share, seed = parameters.validation_share, parameters.seed
-    folds = holdout.validation_folds(labels, photographs, share, seed)
-    fits = _Fits(model, features, parameters, [np.unique(photographs[fold]) for fold in folds])
-    best, history = _run(fits, plain, folds, on_epoch)
-    fits.merge(best.states, plain, folds)
-    calibrated = Calibration(1, 0)
-    if new:
-        weights = photograph_weights(labels, photographs)
-        calibrated = calibration.calibrate(labels, best.probabilities, weights)
-    network.calibrate(model, calibrated)
+    held_out = holdout.validation_folds(labels, photographs, share, seed)
+    fits = _Fits(model, features, parameters, Folds(plain, held_out), new)
+    best, history = _run(fits, on_epoch)
+    fits.merge(best.states)
+    calibrated = fits.calibrate(best) if new else Calibration(1, 0)
+    probabilities = fits.calibrated(best.probabilities, calibrated)
     return TrainingResult(
         model=model,
         best_epoch=best.epoch,
         history=history,
         calibration=calibrated,
-        held_out=HeldOut(labels, calibrated.apply(best.probabilities), photographs),
-        fits=len(folds),
+        held_out=HeldOut(labels, probabilities, photographs),
+        fits=len(held_out),
         seconds=time.perf_counter() - started,
     )
 
 
 @dataclass(frozen=True)
+class Folds:
+    """How plain images are divided for validation.
+
+    Attributes:
+        plain: numbers of the plain images in the features.
+        held_out: indices in `plain` that each fit holds out.
+    """
+
+    plain: np.ndarray
+    held_out: list[np.ndarray]
+
+
+@dataclass(frozen=True)
 class _Best:
-    """The best epoch, the states of the fits after it, and their held-out probabilities."""
+    """The best epoch, the states of the fits after it, and what they say of held-out images.
+
+    Attributes:
+        epoch: counted from 1.
+        states: of the fits.
+        probabilities: (n,), not calibrated.
+        calibration: of a wide model.
+    """
 
     epoch: int
     states: list[list[np.ndarray]]
     probabilities: np.ndarray
+    calibration: Calibration
 
 
-def _run(
-    fits: "_Fits",
-    plain: np.ndarray,
-    folds: list[np.ndarray],
-    on_epoch: Report,
-) -> tuple[_Best, dict[str, list[float]]]:
+def _run(fits: "_Fits", on_epoch: Report) -> tuple[_Best, dict[str, list[float]]]:
     """Run all epochs; return the best one, and the metrics of all by name.
 
     Raises:
@@ -149,15 +163,18 @@ def _run(
     """
     best, lowest = None, math.inf
     history: dict[str, list[float]] = {}
+    plain = fits.folds.plain
     labels, photographs = fits.features.labels[plain], fits.features.photographs[plain]
     for epoch in range(1, fits.parameters.epochs + 1):
         figures = fits.run(epoch)
-        found = fits.judge(plain, folds)
-        figures |= _validation(HeldOut(labels, found, photographs))
+        found = fits.judge()
+        calibrated = fits.combine(found)
+        probabilities = fits.calibrated(found, calibrated)
+        figures |= _validation(HeldOut(labels, probabilities, photographs))
         for name, value in figures.items():
             history.setdefault(name, []).append(value)
         if figures["val_loss"] < lowest:
-            lowest, best = figures["val_loss"], _Best(epoch, fits.states(), found)
+            lowest, best = figures["val_loss"], _Best(epoch, fits.states(), found, calibrated)
         on_epoch(epoch, figures)
     if best is None:
         raise PipelineError(
@@ -192,8 +209,15 @@ def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarra
 class _Fits:
     """The fits of a model, one for each fold of the photographs.
 
-    A linear head is fitted for all folds at once. Other models are fitted one after another,
-    each to its share of the variants, so that an epoch takes about as long.
+    The maps of a new model are fitted for all folds at once; what is seen in the image as a whole
+    is fitted before. Other models are fitted one after another, each to its share of the variants,
+    so that an epoch takes about as long.
+
+    Attributes:
+        features: of the images.
+        parameters: of the fits.
+        folds: which images each fit holds out.
+        overall: of a new model, what is seen in the image as a whole.
     """
 
     def __init__(
@@ -201,41 +225,84 @@ class _Fits:
         model: keras.Model,
         features: Features,
         parameters: FitParameters,
-        folds: list[np.ndarray],
+        folds: Folds,
+        new: bool,
     ):
-        self._model, self.features, self.parameters = model, features, parameters
-        self._fitted = network.fitted(model)
-        head = {MAP, PROBABILITY}
-        heads = [v for layer in self._fitted.layers if layer.name in head for v in layer.variables]
-        blocks = [v for v in self._fitted.trainable_variables if all(v is not h for h in heads)]
-        self._at_once = not blocks and network.has_features(model)
-        self._learner = network.several(model, len(folds)) if self._at_once else self._fitted
+        self.features, self.parameters, self.folds = features, parameters, folds
+        self._model, self._fitted, self._wide = model, network.fitted(model), network.is_wide(model)
+        self._fits_to = _chosen(features, self._wide)
+        photographs = features.photographs[folds.plain]
+        parts = [np.unique(photographs[fold]) for fold in folds.held_out]
+        self._weights = np.stack([self._weigh(part) for part in parts], axis=1)
+        count = len(parts)
 
-        self._varied = np.flatnonzero(features.varied)
-        self._weights = np.stack([self._weigh(fold) for fold in folds], axis=1)
-        columns = [np.arange(len(folds))] if self._at_once else np.arange(len(folds))[:, np.newaxis]
+        self.overall: Overall | None = None
+        head = [network.MAP, network.PROBABILITY]
+        of_head = sum(len(model.get_layer(name).trainable_variables) for name in head)
+        only_head = len(self._fitted.trainable_variables) == of_head
+        self._at_once = network.has_features(model) and (only_head or new)
+        self._learner = network.maps(model, count) if self._at_once else self._fitted
+        if new:
+            self.overall = self._start()
+
+        columns = [np.arange(count)] if self._at_once else np.arange(count)[:, np.newaxis]
         self._columns = list(columns)
-
-        count = math.ceil(len(self._rows(1, 0)) / parameters.batch_size)
+        steps = parameters.epochs * math.ceil(len(self._rows(1, 0)) / parameters.batch_size)
         rate = keras.optimizers.schedules.CosineDecay(
-            0.1,
-            max(1, parameters.epochs * count * 19 // 20),
-            warmup_target=1.0,
-            warmup_steps=parameters.epochs * count // 20,
+            0.1 * parameters.learning_rate,
+            max(1, steps * 19 // 20),
+            warmup_target=parameters.learning_rate,
+            warmup_steps=steps // 20,
         )
-        groups = [(self._learner.trainable_variables, 1.0)]
-        if blocks and network.has_features(model):
-            groups = [(heads, 1.0), (blocks, TUNING)]
-        self._optimizers = []
-        for variables, share in groups:
-            optimizer = keras.optimizers.AdamW(
-                _Scaled(rate, parameters.learning_rate * share),
-                weight_decay=parameters.weight_decay,
-            )
-            optimizer.build(variables)
-            self._optimizers.append((optimizer, variables))
+        self._optimizer = keras.optimizers.AdamW(rate, weight_decay=parameters.weight_decay)
+        self._optimizer.build(self._learner.trainable_variables)
         self._step = tf.function(self._one_step, reduce_retracing=True, autograph=False)
         self._states = [self._state() for _ in self._columns]
+
+    def _start(self) -> Overall:
+        """Fit what is seen in the image as a whole, and let the maps begin with its maxima.
+
+        A map that begins with no weights may find nothing (docs/model-notes.md).
+        """
+        strengths = overall.STRENGTHS if self._wide else (0.01,)
+        plain, folds = self.folds.plain, self.folds.held_out
+        found = overall.fit(self.features, self._fits_to, self._weights, plain, folds, strengths)
+        layer = self._learner.get_layer(network.STANDARDISED)
+        mean, variance = layer.get_weights()
+        deviation = np.sqrt(variance + layer.epsilon)
+        kernels = found.of_maxima(deviation)
+        some = self.features.take(self._fits_to[:: max(1, len(self._fits_to) // STARTED)])
+        evidence = (some.astype(np.float32) - mean) / deviation @ kernels
+        kernels /= evidence.std((0, 1, 2)) + 1e-9
+        _, bias = self._learner.get_layer(MAP).get_weights()
+        self._learner.get_layer(MAP).set_weights([kernels[np.newaxis, np.newaxis], bias])
+        return found
+
+    def combine(self, probabilities: np.ndarray) -> Calibration:
+        """Weigh map and image as a whole by what both say of the held-out images."""
+        if self.overall is None or not self._wide:
+            return Calibration(1, 0)
+        labels = self.features.labels[self.folds.plain]
+        weights = photograph_weights(labels, self.features.photographs[self.folds.plain])
+        return calibration.combine(labels, probabilities, self.overall.held_out, weights)
+
+    def calibrate(self, best: _Best) -> Calibration:
+        """Calibrate the merged model by the held-out images; return by what."""
+        if self.overall is not None and self._wide:
+            kernel, bias = self.overall.kernels.mean(1), float(self.overall.biases.mean())
+            network.add_overall(self._model, kernel, bias, best.calibration)
+            return best.calibration
+        labels = self.features.labels[self.folds.plain]
+        weights = photograph_weights(labels, self.features.photographs[self.folds.plain])
+        found = calibration.calibrate(labels, best.probabilities, weights)
+        network.calibrate(self._model, found)
+        return found
+
+    def calibrated(self, probabilities: np.ndarray, calibrated: Calibration) -> np.ndarray:
+        """Return the probabilities (n,) of the held-out images after a calibration."""
+        if self.overall is None:
+            return calibrated.apply(probabilities)
+        return calibrated.apply(probabilities, self.overall.held_out)
 
     def run(self, epoch: int) -> dict[str, float]:
         """Run an epoch of all fits; return loss and accuracy over its variants."""
@@ -248,8 +315,9 @@ class _Fits:
         loss, right, weight = total
         return {"loss": float(loss / weight), "accuracy": float(right / weight)}
 
-    def judge(self, plain: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
-        """Return the probability of each image by the fit that held it out."""
+    def judge(self) -> np.ndarray:
+        """Return the probability of each plain image by the fit that held it out."""
+        plain, folds = self.folds.plain, self.folds.held_out
         found = np.empty(len(plain), np.float32)
         if self._at_once:
             each = self._predict(plain)
@@ -265,20 +333,17 @@ class _Fits:
         """Return the present weights of the fits and optimizers, for `merge`."""
         return list(self._states)
 
-    def merge(
-        self, states: list[list[np.ndarray]], plain: np.ndarray, folds: list[np.ndarray]
-    ) -> None:
+    def merge(self, states: list[list[np.ndarray]]) -> None:
         """Give the model the mean of the fits' weights, and match its log-odds to theirs.
 
         A mean of weights has log-odds of another scale and shift than the fits, for which
         calibration, threshold and review band are chosen. They are matched to the mean log-odds of
-        the fits that learned from an image.
+        the fits that learned from an image. In a new wide model these are those of the map alone.
 
         Args:
             states: as `states` returned them.
-            plain: numbers of the images as they are.
-            folds: indices in `plain` that each fit held out.
         """
+        plain, folds = self.folds.plain, self.folds.held_out
         some = np.linspace(0, len(plain) - 1, min(len(plain), AGREED)).astype(int)
         each = []
         for state in states:
@@ -298,14 +363,18 @@ class _Fits:
             self._fitted.set_weights([np.mean(one, axis=0) for one in zip(*weights, strict=True)])
             return
         self._restore(states[0])
-        for name in (MAP, PROBABILITY):
-            each = self._learner.get_layer(name).get_weights()
-            self._model.get_layer(name).set_weights([one.mean(-1, keepdims=True) for one in each])
+        kernel, bias = (one.mean(-1) for one in self._learner.get_layer(MAP).get_weights())
+        self._model.get_layer(MAP).set_weights([kernel[..., np.newaxis], bias[np.newaxis]])
+        last = self._model.get_layer(PROBABILITY)
+        scale, bias = (one.mean() for one in self._learner.get_layer(PROBABILITY).get_weights())
+        of_map = np.zeros(last.kernel.shape)  # the image as a whole is added later
+        of_map[0] = scale
+        last.set_weights([of_map, bias[np.newaxis]])
 
     def _weigh(self, fold: np.ndarray) -> np.ndarray:
         """Return a fit's weights of the variants: 0 for its fold, equal sums for both classes."""
-        labels = self.features.labels[self._varied]
-        weights = (~np.isin(self.features.photographs[self._varied], fold)).astype(np.float32)
+        labels = self.features.labels[self._fits_to]
+        weights = (~np.isin(self.features.photographs[self._fits_to], fold)).astype(np.float32)
         half = weights.sum() / 2
         for label in (0, 1):
             of_class = weights[labels == label].sum()
@@ -324,7 +393,7 @@ class _Fits:
 
         def read(start: int) -> tuple:
             chosen = np.sort(rows[start : start + size])
-            numbers = self._varied[chosen]
+            numbers = self._fits_to[chosen]
             weights = self._weights[np.ix_(chosen, columns)]
             return self.features.take(numbers), self.features.labels[numbers], weights
 
@@ -340,7 +409,7 @@ class _Fits:
         """Return the variants for an epoch of a fit, in random order."""
         rows = np.flatnonzero(self._weights[:, self._columns[number]].any(1))
         rng = np.random.default_rng([self.parameters.seed, epoch, number])
-        return rng.permutation(rows)[: math.ceil(len(self._varied) / len(self._columns))]
+        return rng.permutation(rows)[: math.ceil(len(self._fits_to) / len(self._columns))]
 
     def _one_step(self, values: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         targets = labels[:, tf.newaxis] * tf.ones_like(weights)
@@ -348,10 +417,9 @@ class _Fits:
             found = self._learner(tf.cast(values, tf.float32), training=True)
             losses = weights * keras.ops.binary_crossentropy(targets, found)
             loss = tf.reduce_sum(tf.reduce_mean(losses, axis=0))
-        every = [v for _, variables in self._optimizers for v in variables]
-        gradients = iter(self._clipped(tape.gradient(loss, [v.value for v in every])))
-        for optimizer, variables in self._optimizers:
-            optimizer.apply([next(gradients) for _ in variables], variables)
+        variables = self._learner.trainable_variables
+        gradients = self._clipped(tape.gradient(loss, [v.value for v in variables]))
+        self._optimizer.apply(gradients, variables)
         right = weights * tf.cast((found >= ACCURACY_THRESHOLD) == (targets == 1), tf.float32)
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(weights)])
 
@@ -377,8 +445,7 @@ class _Fits:
         )
 
     def _variables(self) -> list:
-        kept = [v for optimizer, _ in self._optimizers for v in optimizer.variables]
-        return [*self._learner.weights, *kept]
+        return [*self._learner.weights, *self._optimizer.variables]
 
     def _state(self) -> list[np.ndarray]:
         return [keras.ops.convert_to_numpy(v) for v in self._variables()]
@@ -388,14 +455,15 @@ class _Fits:
             variable.assign(value)
 
 
-class _Scaled(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """Another schedule times a constant."""
+def _chosen(features: Features, wide: bool) -> np.ndarray:
+    """Return the numbers of the features that a head is fitted to.
 
-    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, by: float):
-        self.schedule, self.by = schedule, by
-
-    def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        return self.by * self.schedule(step)
+    What is seen in the image as a whole changes with strong variants: they are dark where a
+    defect may be, and a blemish on a good part is none of its defects.
+    """
+    if wide:
+        return np.flatnonzero(~features.varied | features.gentle & ~features.blemished)
+    return np.flatnonzero(features.varied)
 
 
 def _standardise(model: keras.Model, features: Features) -> bool:
@@ -411,14 +479,9 @@ def _standardise(model: keras.Model, features: Features) -> bool:
     varied = np.flatnonzero(features.varied)
     count = min(len(varied), MEASURED, MEASURED_PLACES // math.prod(features.shape[1:3]) + 1)
     some = varied[np.linspace(0, len(varied) - 1, count).astype(int)]
-    begin, between = model.get_layer(network.FEATURES).output, None
-    if layer.input is not begin:  # tuned blocks come between
-        between = keras.Model(begin, layer.input)
     sums, squares, places = 0.0, 0.0, 0
     for start in range(0, len(some), BATCH):  # all at once would take half a gigabyte
         values = features.take(some[start : start + BATCH]).astype(np.float32)
-        if between is not None:
-            values = between.predict_on_batch(values)
         values = values.astype(float)
         sums, squares = sums + values.sum((0, 1, 2)), squares + (values**2).sum((0, 1, 2))
         places += math.prod(values.shape[:3])

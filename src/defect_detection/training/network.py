@@ -19,6 +19,7 @@ from defect_detection.training.calibration import Calibration  # noqa: E402
 
 FEATURES = "features"  # name of the last frozen layer
 STANDARDISED = "standardised"
+OVERALL = "overall"  # log-odds from the image as a whole
 
 # Images with a shorter side of fewer pixels are enlarged in the model.
 SHORTER_SIDE = 256
@@ -28,38 +29,44 @@ FINE, COARSE = 4, 7  # blocks whose outputs are features: the last of stride 8, 
 # hole; with infinity, the fit would learn from a single place of each image.
 POWER = 4
 
+_LOG_ODDS = {
+    "activation": "sigmoid",
+    "kernel_initializer": keras.initializers.Constant(2.0),
+    "bias_initializer": keras.initializers.Constant(-3.0),
+}
 
-def build(image_size: tuple[int, int], hyper: HyperParameters) -> keras.Model:
+
+def build(shape: tuple[int, int, int], hyper: HyperParameters) -> keras.Model:
     """Build the CNN with pretrained weights, not compiled.
 
-    It takes grey images as floats in [0, 255], shape (n, height, width, 1), and returns the
-    probability of a defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0
-    are frozen; they end in the layer `features`, one place for 16 x 16 pixels of the enlarged
-    image. With two views the features are the mean of those of the image and of its copy
-    rotated by 180 degrees. The next `hyper.tuned_blocks` are fitted. The layer `defect_map`
-    returns the evidence of a defect at each place, 0 or more, from a linear combination of the
-    features there; the probability is a sigmoid of its power mean. There is no evidence against a
-    defect: a part without evidence is good, even if it looks unlike those in training.
+    It takes images as floats in [0, 255], shape (n, *shape), and returns the probability of a
+    defect, shape (n, 1). The first `hyper.blocks` blocks of EfficientNet-Lite0 are frozen; they
+    end in the layer `features`, one place for 16 x 16 pixels of the enlarged image. With two views
+    the features are the mean of those of the image and of its copy rotated by 180 degrees.
+
+    The layer `defect_map` returns the evidence of a defect at each place, 0 or more, from a linear
+    combination of the features there. With the head "map", the probability is a sigmoid of its
+    power mean: there is no evidence against a defect, and a part without evidence is good, even if
+    it looks unlike those in training. With the head "wide", the log-odds also have a linear
+    combination of the features' mean, maximum and deviation over the image.
+
+    Args:
+        shape: height, width and channels of an image: 1 for grey, 3 for colour.
+        hyper: the layers.
 
     Raises:
         PipelineError: the package with the pretrained weights is not installed.
     """
-    inputs = keras.Input((*image_size, 1), name="images")
+    inputs = keras.Input(shape, name="images")
     enlarged = _smooth(_enlarge(inputs))
     pretrained_blocks = _pretrained(enlarged.shape[1:], hyper.blocks)
-    features = pretrained_blocks(enlarged)
+    features = pretrained_blocks(_centre(enlarged))
     if hyper.views == 2:
-        turned = _turn(pretrained_blocks(_turn(enlarged)))
+        turned = _turn(pretrained_blocks(_centre(_turn(enlarged))))
         features = layers.Average(name=FEATURES)([features, turned])
     else:
         features = layers.Identity(name=FEATURES)(features)
-    x = features
-    if hyper.tuned_blocks:
-        tuned = features[..., -pretrained.BLOCKS[hyper.blocks - 1][-1] :]
-        for number in range(hyper.blocks, hyper.blocks + hyper.tuned_blocks):
-            tuned = _block(tuned, number)
-        x = layers.Concatenate()([features, tuned])
-    model = keras.Model(inputs, _judge(x, 1), name="defect_cnn")
+    model = keras.Model(inputs, _judge(features, hyper.head == "wide"), name="defect_cnn")
     _load_weights(model)
     return model
 
@@ -81,15 +88,33 @@ def fitted(model: keras.Model) -> keras.Model:
     return keras.Model(model.get_layer(FEATURES).output, model.output)
 
 
-def several(model: keras.Model, count: int) -> keras.Model:
-    """Return `count` copies of `fitted(model)` side by side, (n, count); no block may be tuned."""
+def is_wide(model: keras.Model) -> bool:
+    """Return whether a model also weighs the image as a whole."""
+    return any(layer.name == OVERALL for layer in model.layers)
+
+
+def maps(model: keras.Model, count: int) -> keras.Model:
+    """Return `count` copies of the map of a model side by side, features in, (n, count) out."""
     inputs = keras.Input(model.get_layer(FEATURES).output.shape[1:])
-    made = keras.Model(inputs, _judge(inputs, count))
-    for name in (STANDARDISED, MAP, PROBABILITY):
+    outputs = layers.EinsumDense("nk,k->nk", count, bias_axes="k", name=PROBABILITY, **_LOG_ODDS)
+    made = keras.Model(inputs, outputs(_map(inputs, count)))
+    for name in (STANDARDISED, MAP):
         weights = model.get_layer(name).get_weights()
         repeat = 1 if name == STANDARDISED else count
         made.get_layer(name).set_weights([np.repeat(one, repeat, axis=-1) for one in weights])
+    if not is_wide(model):
+        kernel, bias = (one.reshape(-1) for one in model.get_layer(PROBABILITY).get_weights())
+        made.get_layer(PROBABILITY).set_weights([np.repeat(kernel, count), np.repeat(bias, count)])
     return made
+
+
+def pool(features: np.ndarray) -> np.ndarray:
+    """Return mean, maximum and deviation of features over an image, float32 (n, 3 * channels).
+
+    Args:
+        features: (n, height, width, channels).
+    """
+    return np.asarray(_pool(ops.cast(features, "float32")))
 
 
 def _turn(x: keras.KerasTensor) -> keras.KerasTensor:
@@ -107,9 +132,11 @@ def _enlarge(x: keras.KerasTensor) -> keras.KerasTensor:
 
 def _smooth(x: keras.KerasTensor) -> keras.KerasTensor:
     """Append a binomial filter of 3 x 3; without it a little noise looks like a defect."""
-    smoothed = layers.Conv2D(1, 3, use_bias=False, trainable=False, name="smoothed")
+    smoothed = layers.DepthwiseConv2D(3, use_bias=False, trainable=False, name="smoothed")
+    channels = x.shape[-1]
     x = smoothed(ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"))
-    smoothed.set_weights([np.outer([1, 2, 1], [1, 2, 1]).reshape(3, 3, 1, 1) / 16])
+    kernel = np.outer([1, 2, 1], [1, 2, 1]).reshape(3, 3, 1, 1) / 16
+    smoothed.set_weights([np.repeat(kernel, channels, axis=2)])
     return x
 
 
@@ -138,15 +165,26 @@ def _pretrained(shape: tuple[int, int, int], count: int) -> keras.Model:
     return made
 
 
+def _centre(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Move an image right and down by a pixel, so that a place of the map shows what lies there.
+
+    Convolutions of stride 2 pad right and bottom more. A spot is found 2.4 and 1.8 pixels from
+    where it is by the last blocks of stride 16, and 0.3 pixels to the other side by that of
+    stride 8; after the move by 2 pixels at most (`test_evidence_lies_where_the_spot_is`).
+    """
+    moved = ops.pad(x, [[0, 0], [1, 0], [1, 0], [0, 0]], "reflect")
+    return moved[:, :-1, :-1]
+
+
 def _load_weights(model: keras.Model) -> None:
     """Set the pretrained weights of the layers by their names."""
     saved = pretrained.weights()
     for layer in model.layers:
         if layer.name in saved:
             kernel, bias = saved[layer.name]
-            # The grey image replaces red, green and blue.
-            grey = layer.name == "stem"
-            layer.set_weights([kernel.sum(2, keepdims=True) if grey else kernel, bias])
+            if layer.input.shape[-1] == 1 and layer.name == "stem":
+                kernel = kernel.sum(2, keepdims=True)  # grey replaces red, green and blue
+            layer.set_weights([kernel, bias])
 
 
 def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
@@ -164,8 +202,8 @@ def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
     return x
 
 
-def _judge(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
-    """Append `count` heads, each with a map of its own and a probability."""
+def _map(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
+    """Append `count` maps of the evidence of a defect; return the power mean of each."""
     # Not by batch statistics: the fit must see what serving sees.
     x = layers.BatchNormalization(center=False, scale=False, trainable=False, name=STANDARDISED)(x)
     x = layers.Conv2D(
@@ -178,15 +216,23 @@ def _judge(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
     )(x)
     # In float32 softplus can be 0, where a root has no gradient.
     powers = layers.GlobalAveragePooling2D()(ops.power(x + 1e-3, POWER))
-    return layers.EinsumDense(
-        "nk,k->nk",
-        count,
-        bias_axes="k",
-        activation="sigmoid",
-        kernel_initializer=keras.initializers.Constant(2.0),
-        bias_initializer=keras.initializers.Constant(-3.0),
-        name=PROBABILITY,
-    )(ops.power(powers, 1 / POWER))
+    return ops.power(powers, 1 / POWER)
+
+
+def _pool(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Return mean, maximum and deviation over the image."""
+    mean = ops.mean(x, (1, 2))
+    variance = ops.mean(ops.square(x - ops.expand_dims(mean, (1, 2))), (1, 2))
+    return ops.concatenate([mean, ops.max(x, (1, 2)), ops.sqrt(variance + 1e-6)], -1)
+
+
+def _judge(features: keras.KerasTensor, wide: bool) -> keras.KerasTensor:
+    """Append a head: the map alone, or the map and what is seen in the image as a whole."""
+    evidence = _map(features, 1)
+    if wide:
+        overall = layers.Dense(1, kernel_initializer="zeros", name=OVERALL)(_pool(features))
+        evidence = layers.Concatenate()([evidence, overall])
+    return layers.Dense(1, name=PROBABILITY, **_LOG_ODDS)(evidence)
 
 
 def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
@@ -227,3 +273,21 @@ def calibrate(model: keras.Model, calibration: Calibration) -> None:
     kernel, bias = last.get_weights()
     scale, shift = calibration.scale, calibration.shift
     last.set_weights([scale * kernel, scale * bias + shift])
+
+
+def add_overall(
+    model: keras.Model, kernel: np.ndarray, bias: float, calibration: Calibration
+) -> None:
+    """Add to the log-odds of a wide model what is seen in the image as a whole.
+
+    Args:
+        model: its log-odds are those of the map so far.
+        kernel: (3 * channels,) of the pooled features.
+        bias: added to them.
+        calibration: how much each counts, and the shift.
+    """
+    model.get_layer(OVERALL).set_weights([kernel[:, np.newaxis], np.array([bias])])
+    calibrate(model, calibration)
+    last = model.get_layer(PROBABILITY)
+    (of_map, _), last_bias = last.get_weights()
+    last.set_weights([np.stack([of_map, [calibration.overall]]), last_bias])

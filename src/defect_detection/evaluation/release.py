@@ -1,0 +1,135 @@
+"""Whether a version may go into production: what a plant needs beside a high accuracy."""
+
+from dataclasses import dataclass
+
+from defect_detection.evaluation import metrics
+from defect_detection.evaluation.metrics import Comparison, Rate, Scores
+from defect_detection.evaluation.result import Evaluation
+from defect_detection.registry.versions import Version
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD, CLASSES
+from defect_detection.settings import Decisions
+
+CHANCE = 0.025  # p-value from which a model may be guessing; that of a 95 % bound on one side
+FEW_PHOTOGRAPHS = 50  # of a class in training, below which more are the first thing to try
+GOOD_RANKING = 0.9  # ROC AUC from which the threshold, not the model, is the problem
+
+
+@dataclass(frozen=True)
+class Release:
+    """Whether a version is released.
+
+    Attributes:
+        reasons: why it is not, empty if it is.
+        advice: what to try, empty if it is.
+    """
+
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def released(self) -> bool:
+        """Whether the version may get the alias prod."""
+        return not self.reasons
+
+    def __str__(self) -> str:
+        """Return it in a sentence without its full stop."""
+        return "released" if self.released else "not released: " + "; ".join(self.reasons)
+
+
+def judge(evaluation: Evaluation, decisions: Decisions) -> Release:
+    """Judge a version by photograph, since images of one photograph are not independent."""
+    rates = evaluation.photograph_error_rates
+    reasons = []
+    if decisions.refuse_chance and _by_chance(evaluation.photograph_scores):
+        balanced = evaluation.photograph_scores.balanced_accuracy
+        reasons.append(f"a balanced accuracy of {balanced:.2f} by photograph may be chance")
+    if decisions.refuse_escapes and _beyond(rates.escapes, decisions.max_escape_rate):
+        reasons.append(_exceeds(rates.escapes, "defects pass", decisions.max_escape_rate))
+    if decisions.refuse_overkill and _beyond(rates.overkill, decisions.max_overkill_rate):
+        reasons.append(
+            _exceeds(rates.overkill, "good parts are rejected", decisions.max_overkill_rate)
+        )
+    return Release(tuple(reasons), _advice(evaluation) if reasons else ())
+
+
+def _by_chance(scores: Scores) -> bool:
+    """Return whether both classes may get the verdict defect equally often.
+
+    This is Barnard's exact test (1945) on one side: it asks whether the balanced accuracy is above
+    one half, whatever share of the parts the model rejects.
+    """
+    table = [
+        [scores.defects_found, scores.ok_rejected],
+        [scores.defects_missed, scores.ok_passed],
+    ]
+    return metrics.barnard_p_value(table) >= CHANCE
+
+
+def _beyond(rate: Rate, largest: float) -> bool:
+    """Return whether a rate exceeds the largest one beyond doubt: its lower bound does."""
+    return rate.bounds[0] > largest
+
+
+def _exceeds(rate: Rate, what: str, largest: float) -> str:
+    low, high = rate.bounds
+    return (
+        f"{rate.count} of {rate.of} photographs of {what} ({rate.share:.0%}, 95% bounds {low:.0%} "
+        f"to {high:.0%}), at most {largest:.0%} were asked for"
+    )
+
+
+def _advice(evaluation: Evaluation) -> tuple[str, ...]:
+    training, takes = evaluation.split.training, evaluation.takes
+    found = []
+    for name, count in zip(CLASSES, training.photograph_counts, strict=True):
+        if count < FEW_PHOTOGRAPHS:
+            found.append(f"more photographs of {name}: training has {count}")
+    if evaluation.scores.roc_auc >= GOOD_RANKING:
+        found.append(
+            f"another threshold: the model ranks the parts well (ROC AUC "
+            f"{evaluation.scores.roc_auc:.2f}); max_escape_rate in src/config.yaml decides how "
+            f"many good parts it rejects"
+        )
+    else:
+        found.append(
+            f"larger images, if defects are smaller than a thirtieth of the image: image_size is "
+            f"[{takes.height}, {takes.width}]"
+        )
+    found.append("the labels: the report shows the worst mistakes, src/audit.py likely errors")
+    return tuple(found)
+
+
+def diagnosis(evaluation: Evaluation, release: Release, report: str) -> str:
+    """Return what was reached, what is needed, what to try and where the report is."""
+    scores, rates = evaluation.scores, evaluation.photograph_error_rates
+    lines = [
+        "Not released, so it does not go into production:",
+        *(f"  needed   {reason}" for reason in release.reasons),
+        f"  reached  balanced accuracy {scores.balanced_accuracy:.4f} at {ACCURACY_THRESHOLD}, ROC "
+        f"AUC {scores.roc_auc:.4f}; by photograph {rates.escapes.count} of {rates.escapes.of} "
+        f"defects pass and {rates.overkill.count} of {rates.overkill.of} good parts are rejected",
+        *(f"  try      {one}" for one in release.advice),
+        f"  report   {report}",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What became of an evaluated model.
+
+    Attributes:
+        version: the version that was registered.
+        champion: the version that had the alias prod before, None if none had.
+        comparison: with the champion on the same images, None if the champion cannot be run.
+        release: whether it may get the alias prod.
+        decision: about the alias, in words.
+        in_production: whether the version has the alias prod now.
+    """
+
+    version: Version
+    champion: Version | None
+    comparison: Comparison | None
+    release: Release
+    decision: str
+    in_production: bool
