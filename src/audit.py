@@ -41,9 +41,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    parameters, cache = config.model_parameters, settings.from_root(config.paths.cache)
+    parameters = config.model_parameters
     env = settings.environment()
-    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    folder = DataFolder.choose(options.data, env, config)
     takes = folder.image_format(parameters.image_size, parameters.color)
 
     if options.resplit:

@@ -23,8 +23,7 @@ def main() -> None:
     options = cli.parser(__doc__, example).parse_args()
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    cache = settings.from_root(config.paths.cache)
-    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    folder = DataFolder.choose(options.data, env, config)
     plan = EvaluationPlan(Rules(config.mlflow, config.decisions, promotion.actor(env)))
 
     with store.connected(settings.tracking_uri(env)):

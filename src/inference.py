@@ -142,12 +142,10 @@ def find(options: Namespace) -> "Iterator[Item]":
     if options.pictures or options.files_from:
         return sources.items(options.pictures, options.files_from)
     config, env = configuration()
-    from defect_detection import settings
     from defect_detection.dataset.folder import DataFolder
     from defect_detection.inference.judge import Item
 
-    kept = settings.from_root(config.paths.cache)
-    folder = DataFolder.choose(options.data, env, config.paths.data_path, kept)
+    folder = DataFolder.choose(options.data, env, config)
     examples = folder.examples(config.inference_examples, log.info)
     return (Item(str(path), path) for path in examples)
 

@@ -37,7 +37,7 @@ def main() -> None:
     env = settings.environment()
     config = settings.read_yaml(settings.CONFIG_FILE, Config)
     cache = settings.from_root(config.paths.cache)
-    folder = DataFolder.choose(options.data, env, config.paths.data_path, cache)
+    folder = DataFolder.choose(options.data, env, config)
     best_file = settings.from_root(config.paths.best_model)
     require_writable(best_file.parent)
 
@@ -46,7 +46,7 @@ def main() -> None:
         parameters = config.model_parameters
         takes = folder.image_format(parameters.image_size, parameters.color)
         split = splits.load(folder, takes)
-        print(f"{split.training}: {split.training.counts}, {takes}")
+        print(f"{split.training}: {folder.describe(split.training.counts)}, {takes}")
         print(split.leakage, flush=True)
         plans = [plan(config, one, takes, cache, settings.device(env)) for one in parameters.sets]
         if options.folds:

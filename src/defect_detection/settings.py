@@ -202,10 +202,25 @@ class InferenceExamples:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Classes:
+    """Names of the folders of each class, whatever their case."""
+
+    defect: Annotated[list[Name], Field(min_length=1)]
+    ok: Annotated[list[Name], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        """Refuse a name of both classes."""
+        both = {name.lower() for name in self.defect} & {name.lower() for name in self.ok}
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is a name of both classes")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Config:
     """`src/config.yaml`."""
 
     paths: Paths
+    classes: Classes
     model_parameters: ModelParameters
     mlflow: MLflowNames
     decisions: Decisions
@@ -242,7 +257,7 @@ class RetrainOverrides:
 
     def given(self) -> dict[str, int | float]:
         """Return the values that are not None, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def options(self) -> list[str]:
@@ -252,7 +267,7 @@ class RetrainOverrides:
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         """Add an option for each value to a parser."""
-        for name in (field.name for field in fields(cls)):
+        for name in (one.name for one in fields(cls)):
             kind = get_args(_type_at(cls, (name,)))[0]  # of Annotated[int, ...]
             parser.add_argument(f"--{_dashed(name)}", type=kind, metavar="N")
 
@@ -263,7 +278,7 @@ class RetrainOverrides:
         Raises:
             PipelineError: one is out of range.
         """
-        given = {field.name: getattr(options, field.name) for field in fields(cls)}
+        given = {one.name: getattr(options, one.name) for one in fields(cls)}
         return parse_json(json.dumps(given), cls, "The options")
 
 

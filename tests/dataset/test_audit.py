@@ -99,7 +99,7 @@ def test_planted_label_conflict_is_found_and_named(data, cache):
     copy = encoded(variant(np.random.default_rng(1), picture))
     (data / "train/def_front/same.jpeg").write_bytes(copy)
     found = inspect(data, cache)
-    assert found.two_labels == [["train/def_front/same.jpeg", "train/ok_front/1.jpeg"]]
+    assert found.two_labels == [("train/def_front/same.jpeg", "train/ok_front/1.jpeg")]
     assert not found.clean
     said = audit.text(found)
     assert said.startswith("Look at these first: 1 with two labels.")
@@ -238,7 +238,7 @@ def test_share_that_is_none_is_refused(project, data, share):
 def test_missing_folders_are_one_line(project, tmp_path):
     (tmp_path / "nothing").mkdir()
     last = project.fail(SCRIPT, "--data", tmp_path / "nothing")
-    assert "train/def_front does not exist" in last
+    assert "holds no folder of def_front" in last
 
 
 def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, tmp_path):

@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from defect_detection.dataset.folder import GROUPS_FILE, SIDES, SPLIT_FILE, DataFolder
 from defect_detection.dataset.split import Dataset, Split, describe_leakage, read
 from defect_detection.runtime import preprocessing
-from defect_detection.runtime.decision import CLASSES
+from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 from defect_detection.runtime.preprocessing import ImageFormat
 
 SHOWN = 5  # findings of a kind in the text; the JSON file has all
@@ -29,7 +29,7 @@ class Audit:
         odd_sized: path, width and height of the others.
         duplicates: files with the same content, each list two or more.
         photographs: the images of each photograph, the largest first.
-        two_labels: photographs with images in both class folders.
+        two_labels: of each photograph with images in both classes, a defect and a good part.
         leaked: test images of each class that share a photograph with training.
     """
 
@@ -42,7 +42,7 @@ class Audit:
     odd_sized: list[tuple[str, int, int]]
     duplicates: list[list[str]]
     photographs: list[list[str]]
-    two_labels: list[list[str]]
+    two_labels: list[tuple[str, str]]
     leaked: dict[str, list[str]]
 
     @property
@@ -56,7 +56,7 @@ class Audit:
 
     def worst(self) -> list[tuple[str, str, str]]:
         """Return the findings, each with two images that show it, the worst kind first."""
-        labels = [("two labels", *_one_of_each_class(paths)) for paths in self.two_labels]
+        labels = [("two labels", defect, good) for defect, good in self.two_labels]
         test = {path for paths in self.leaked.values() for path in paths}
         leaks = []
         for paths in self.photographs:  # one pair of each photograph
@@ -97,21 +97,25 @@ def inspect(folder: DataFolder, wanted: ImageFormat) -> Audit:
         photographs=sorted(
             (sorted(paths) for paths in by_photograph.values()), key=lambda p: (-len(p), p)
         ),
-        two_labels=sorted(
-            sorted(paths)
-            for paths in by_photograph.values()
-            if len({Path(path).parent.name for path in paths}) == 2
-        ),
-        leaked=_leaked(every),
+        two_labels=sorted(_two_labels(folder, by_photograph.values())),
+        leaked=_leaked(folder, every),
     )
 
 
-def _leaked(every: list[Dataset]) -> dict[str, list[str]]:
+def _two_labels(folder: DataFolder, groups: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield a defect and a good part of each group that has both."""
+    for paths in groups:
+        by_class = {folder.class_of(path): path for path in sorted(paths, reverse=True)}
+        if len(by_class) == len(CLASSES):
+            yield by_class[POSITIVE], by_class[NEGATIVE]
+
+
+def _leaked(folder: DataFolder, every: list[Dataset]) -> dict[str, list[str]]:
     if len(every) < 2:
         return {}
     split = Split(*every)
     paths = [path for path, leaked in zip(split.testing.paths, split.leaked, strict=True) if leaked]
-    return {name: [p for p in paths if Path(p).parent.name == name] for name in CLASSES}
+    return {name: [p for p in paths if folder.class_of(p) == name] for name in CLASSES}
 
 
 def text(audit: Audit) -> str:
@@ -135,7 +139,7 @@ def text(audit: Audit) -> str:
     lines += _listed(
         "two labels",
         "in both class folders, likely label errors",
-        ["  and  ".join(_one_of_each_class(paths)) for paths in audit.two_labels],
+        ["  and  ".join(pair) for pair in audit.two_labels],
     )
     lines += _listed(
         "duplicates",
@@ -182,11 +186,6 @@ def _listed(name: str, what: str, found: list[str]) -> list[str]:
         f"{name:14}{len(found)} {what}".rstrip(),
         *(f"{'':16}{one}" for one in found[:SHOWN]),
     ] + more
-
-
-def _one_of_each_class(paths: list[str]) -> tuple[str, str]:
-    defect, good = (next(p for p in paths if Path(p).parent.name == name) for name in CLASSES)
-    return defect, good
 
 
 def _odd_sized(

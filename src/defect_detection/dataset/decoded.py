@@ -96,7 +96,7 @@ def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat
         side=side,
         images=pixels,
         format=wanted,
-        labels=np.array([paths[number].parent.name == POSITIVE for number in kept], np.uint8),
+        labels=np.array([folder.class_of(names[number]) == POSITIVE for number in kept], np.uint8),
         paths=tuple(names[number] for number in kept),
         contents=tuple(contents[number] for number in kept),
         digest=digest,

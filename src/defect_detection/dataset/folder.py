@@ -3,19 +3,21 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.atomic import read_mapping
 from defect_detection.runtime import preprocessing
-from defect_detection.runtime.decision import CLASSES
+from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
-from defect_detection.settings import Color, InferenceExamples, from_root
+from defect_detection.settings import Color, Config, InferenceExamples, from_root
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +37,45 @@ class DataFolder:
     """A folder that is laid out as data/README.md describes.
 
     Attributes:
-        path: absolute; holds `train` and `test`, each with a folder for each class.
+        path: absolute; holds `train` and `test`, each with a folder for each class, or only the
+            class folders.
         cache: folder of decoded images and of the photographs that were found.
+        classes: names of the folders of each class, whatever their case.
     """
 
     path: Path
     cache: Path
+    classes: Mapping[str, Sequence[str]] = field(default_factory=lambda: {n: [n] for n in CLASSES})
 
     @classmethod
     def choose(
-        cls, option: str | None, env: Mapping[str, str], configured: str, cache: Path
+        cls, option: str | None, env: Mapping[str, str], config: Config, configured: str = ""
     ) -> "DataFolder":
         """Choose the folder: the option `--data`, the variable DATA_PATH, the configuration.
 
         The option counts from the working directory, as a shell completes it; the others count
         from the project's root.
 
+        Args:
+            option: as it was given.
+            env: the environment.
+            config: names the folder, the cache and the class folders.
+            configured: another default folder than that of `config`.
+
         Raises:
             PipelineError: the folder does not exist.
         """
-        path = Path(option) if option else from_root(env.get("DATA_PATH", configured))
+        path = (
+            Path(option)
+            if option
+            else from_root(env.get("DATA_PATH", configured or config.paths.data_path))
+        )
         if not path.is_dir():
             raise PipelineError(
                 f"{path} is not a folder. Name one with --data or DATA_PATH, or run 'make sample'"
             )
-        return cls(path.resolve(), cache)
+        classes = {POSITIVE: config.classes.defect, NEGATIVE: config.classes.ok}
+        return cls(path.resolve(), from_root(config.paths.cache), classes)
 
     def __str__(self) -> str:
         """Return the path."""
@@ -76,17 +92,59 @@ class DataFolder:
         return self.path / GROUPS_FILE
 
     @property
+    def flat(self) -> bool:
+        """Whether the class folders lie here and not in `train` and `test`."""
+        return not any((self.path / side).is_dir() for side in SIDES)
+
+    @property
     def sides(self) -> list[str]:
-        """The sides that are folders here, of `SIDES`."""
-        return [side for side in SIDES if (self.path / side).is_dir()]
+        """The folders that hold class folders: those of `SIDES` that are here, else this one."""
+        return [""] if self.flat else [side for side in SIDES if (self.path / side).is_dir()]
+
+    def class_of(self, name: str) -> str:
+        """Return the class of an image, a name of `CLASSES`, by its path from this folder."""
+        parts = PurePosixPath(name).parts
+        found = self._class_named(parts[0 if self.flat else 1])
+        assert found is not None, f"{name} lies in no class folder"
+        return found
+
+    def _class_named(self, folder: str) -> str | None:
+        """Return the class of a folder by its name, None if it is no class folder."""
+        for name, names in self.classes.items():
+            if folder.lower() in (one.lower() for one in names):
+                return name
+        return None
+
+    def class_folders(self, side: str) -> dict[str, list[Path]]:
+        """Return the folders of each class in the folder of a side, "" for this one.
+
+        Raises:
+            PipelineError: a class has none.
+        """
+        root = self.path / side
+        below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = {name: [p for p in below if self._class_named(p.name) == name] for name in CLASSES}
+        others = [p.name for p in below if self._class_named(p.name) is None]
+        for name, folders in found.items():
+            if not folders:
+                known = ", ".join(self.classes[name])
+                raise PipelineError(
+                    f"{root} holds no folder of {name}: none is named {known}. There are: "
+                    f"{', '.join(p.name for p in below) or 'none'}. Add its name to classes in "
+                    f"src/config.yaml, see data/README.md, or run 'make sample'"
+                )
+        if others:
+            _warn(f"{root}: {', '.join(others)} are no class folders and are ignored")
+        return found
 
     def images(self, side: str) -> list[Path]:
         """Return the images of a side, sorted by class, then path.
 
-        They lie in `<side>/{def_front,ok_front}`, unless `split.csv` says otherwise.
+        They lie in the class folders of `<side>`, unless `split.csv` says otherwise.
 
         Raises:
-            PipelineError: a class folder is missing or empty, or `split.csv` lacks an image.
+            PipelineError: a class folder is missing or empty, `split.csv` lacks an image, or there
+                are neither sides nor `split.csv`.
         """
         if not self.split_file.exists():
             return self.images_in(side)
@@ -97,19 +155,33 @@ class DataFolder:
             if named.get(name) not in SIDES:
                 raise PipelineError(
                     f"{self.split_file} does not say whether {name} is train or test. Run "
-                    f"'python src/audit.py --resplit 0.2' again, or delete the file"
+                    f"'python src/audit.py --data {self.path} --resplit 0.2' again, or delete the "
+                    f"file"
                 )
             if named[name] == side:
                 found.append(path)
-        return sorted(found, key=lambda path: CLASSES.index(path.parent.name))
+        return sorted(found, key=lambda path: CLASSES.index(self.class_of(self.relative(path))))
 
     def images_in(self, side: str) -> list[Path]:
-        """Return the images that lie in the folder of a side, sorted by class, then name.
+        """Return the images in the folder of a side, "" for this one, sorted by class, then path.
 
         Raises:
             PipelineError: a class folder is missing or empty.
         """
-        return [path for name in CLASSES for path in _images(self.path / side / name)]
+        if not (self.path / side).is_dir():
+            raise PipelineError(
+                f"{self.path / side} does not exist. See data/README.md, or run 'make sample'"
+            )
+        return [path for folders in self.class_folders(side).values() for path in _images(folders)]
+
+    def describe(self, counts: Mapping[str, int]) -> str:
+        """Return counts of the classes in words, with the names of their folders."""
+        said = []
+        for name in CLASSES:
+            folders = {p.name for side in self.sides for p in self.class_folders(side)[name]}
+            other = "" if folders == {name} else f" (in {', '.join(sorted(folders))})"
+            said.append(f"{counts[name]} {name}{other}")
+        return ", ".join(said)
 
     def image_format(self, image_size: tuple[int, int], color: Color) -> ImageFormat:
         """Choose the pixels that a model for the training images takes.
@@ -121,7 +193,7 @@ class DataFolder:
         Raises:
             PipelineError: there are no training images.
         """
-        paths = self.images("train")
+        paths = self.images_in("") if self.flat else self.images("train")
         some = [paths[i] for i in np.linspace(0, len(paths) - 1, LOOKED_AT).astype(int)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = [one for one in pool.map(_look_at, dict.fromkeys(some)) if one is not None]
@@ -148,14 +220,16 @@ class DataFolder:
             say: is called with a sentence for each missing one.
 
         Raises:
-            PipelineError: the class folder in `test` is missing or empty.
+            PipelineError: a class folder is missing or empty.
         """
+        images = self.images_in("") if self.flat else self.images("test")
 
         def example(name: str, class_name: str) -> Path:
             wanted = self.path / name
             if wanted.is_file():
                 return wanted
-            instead = _images(self.path / "test" / class_name)[0]
+            of_class = (p for p in images if self.class_of(self.relative(p)) == class_name)
+            instead = next(of_class, images[0])
             say(f"{wanted} does not exist, running {instead} instead")
             return instead
 
@@ -187,16 +261,32 @@ def _look_at(path: Path) -> _Look | None:
     return _Look(pixels.shape[1] / pixels.shape[0], bool(colour.mean() > COLOURED_PIXELS))
 
 
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise PipelineError(f"{folder} does not exist. See data/README.md, or run 'make sample'")
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    found = sorted(path for path in entries if preprocessing.is_image(path.name) and path.is_file())
+def _images(folders: list[Path]) -> list[Path]:
+    """Return the images in folders and all below them, and name what else is there."""
+    found: list[Path] = []
+    others: Counter[str] = Counter()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if hidden or path.is_dir():
+                continue
+            if preprocessing.is_image(path.name):
+                found.append(path)
+            else:
+                others[path.suffix.lower() or path.name] += 1
+    where = ", ".join(map(str, folders))
+    if others:
+        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        _warn(f"{where}: not read: {counted}")
     if not found:
         raise PipelineError(
-            f"{folder} holds no images. Put .jpeg, .jpg or .png files there, or run 'make sample'"
+            f"{where} holds no images. Put {', '.join(preprocessing.SUFFIXES)} files there, or "
+            f"run 'make sample'"
         )
-    ignored = len(entries) - len(found)
-    if ignored:
-        log.warning("%s: %d entries that are not .jpeg, .jpg or .png are ignored", folder, ignored)
     return found
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log a warning once, however often a folder is looked through."""
+    log.warning(message)

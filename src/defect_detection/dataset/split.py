@@ -17,6 +17,7 @@ from defect_detection.runtime.preprocessing import ImageFormat
 
 log = logging.getLogger(__name__)
 
+TEST_SHARE, SPLIT_SEED = 0.2, 42  # of a folder without train and test
 LARGEST_UNREADABLE_SHARE = 0.05
 
 
@@ -93,6 +94,13 @@ def load(folder: DataFolder, wanted: ImageFormat) -> Split:
         PipelineError: a class folder is missing or holds no readable image, more than 5 % of the
             images are unreadable, or `split.csv` or `groups.csv` lacks an image.
     """
+    if folder.flat and not folder.split_file.exists():
+        written = resplit(folder, TEST_SHARE, SPLIT_SEED, wanted)
+        log.info(
+            "%s has no train and test: %.0f%% of its photographs are test images, as %s says. "
+            "Delete it to divide them anew",
+            *(folder, 100 * TEST_SHARE, written),
+        )
     files = {side: folder.images(side) for side in SIDES}
     if folder.split_file.exists():
         counted = ", ".join(f"{len(files[side])} in {side}" for side in SIDES)

@@ -6,8 +6,7 @@ import numpy as np
 
 # Written once, here: the class folders in their order and which class is positive. Labels and
 # probabilities both refer to the defect: 1 is a defect.
-CLASSES = ("def_front", "ok_front")
-POSITIVE = "def_front"
+CLASSES = POSITIVE, NEGATIVE = "def_front", "ok_front"
 
 # The threshold for accuracies: the same for all models, so that they can be compared.
 ACCURACY_THRESHOLD = 0.5

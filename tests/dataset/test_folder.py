@@ -1,0 +1,150 @@
+"""Folders as people have them: other names, folders below, one pair of folders, other files."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import draw_folders
+from defect_detection import PipelineError, settings
+from defect_detection.dataset import split
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.runtime.preprocessing import ImageFormat
+from defect_detection.settings import CONFIG_FILE, Config
+
+TAKES = ImageFormat(32, 32)
+
+
+@pytest.fixture
+def configured(tmp_path: Path, data: Path) -> DataFolder:
+    """`data` with the class folders of src/config.yaml."""
+    config = settings.read_yaml(CONFIG_FILE, Config)
+    return replace(DataFolder.choose(str(data), {}, config), cache=tmp_path / "cache")
+
+
+def rename(data: Path, side: str, **names: str) -> None:
+    for old, new in names.items():
+        (data / side / old).rename(data / side / new)
+
+
+def test_usual_names_are_recognised_and_said(configured, data):
+    rename(data, "train", def_front="NG", ok_front="Good")
+    rename(data, "test", def_front="defective", ok_front="ok")
+    loaded = split.load(configured, TAKES)
+    assert loaded.training.counts == {"def_front": 10, "ok_front": 10}
+    assert loaded.testing.counts == {"def_front": 4, "ok_front": 4}
+    assert loaded.training.labels[0] == 1 and loaded.training.paths[0].startswith("train/NG/")
+    said = configured.describe(loaded.training.counts)
+    assert said == "10 def_front (in NG, defective), 10 ok_front (in Good, ok)"
+
+
+def test_several_folders_of_a_class_count_together(configured, data):
+    (data / "train" / "bad").mkdir()
+    (data / "train" / "def_front" / "part_000.jpeg").rename(data / "train" / "bad" / "a.jpeg")
+    assert split.load(configured, TAKES).training.counts["def_front"] == 10
+
+
+def test_folders_below_a_class_folder_belong_to_it(folder, data):
+    below = data / "train" / "ok_front" / "line 3" / "monday"
+    below.mkdir(parents=True)
+    (data / "train" / "ok_front" / "part_000.jpeg").rename(below / "a.jpeg")
+    loaded = split.load(folder, TAKES).training
+    assert loaded.counts == {"def_front": 10, "ok_front": 10}
+    row = loaded.paths.index("train/ok_front/line 3/monday/a.jpeg")
+    assert loaded.labels[row] == 0
+
+
+def test_a_folder_that_is_no_class_is_named_and_ignored(configured, data, caplog):
+    shutil.copytree(data / "train" / "def_front", data / "train" / "scratches")
+    with caplog.at_level(logging.WARNING):
+        assert split.load(configured, TAKES).training.counts["def_front"] == 10
+    assert "train: scratches are no class folders and are ignored" in caplog.text
+
+
+def test_other_files_are_counted_by_kind(folder, data, caplog):
+    for name in ("a.heic", "b.HEIC", "c.gif", "d.mp4"):
+        (data / "train" / "ok_front" / name).write_bytes(b"something")
+    with caplog.at_level(logging.WARNING):
+        assert len(split.load(folder, TAKES).training) == 20
+    assert "train/ok_front: not read: 1 .gif, 2 .heic, 1 .mp4" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "tif", "webp", "PNG"])
+def test_files_of_industrial_cameras_are_read(folder, data, kind):
+    source = data / "train" / "ok_front" / "part_000.jpeg"
+    with Image.open(source) as image:
+        image.save(source.with_suffix(f".{kind}"))
+    source.unlink()
+    loaded = split.load(folder, TAKES).training
+    assert loaded.counts["ok_front"] == 10
+    assert f"train/ok_front/part_000.{kind}" in loaded.paths
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> DataFolder:
+    drawn = draw_folders(tmp_path / "drawn", train=20, test=1)
+    return DataFolder(Path(shutil.move(drawn / "train", tmp_path / "flat")), tmp_path / "cache")
+
+
+def test_one_pair_of_folders_is_divided_by_photograph_and_said(flat, caplog):
+    with caplog.at_level(logging.INFO):
+        first = split.load(flat, TAKES)
+    assert len(first.training) + len(first.testing) == 40
+    assert first.testing.counts == {"def_front": 4, "ok_front": 4}
+    assert not first.leaked.any()
+    assert "has no train and test: 20% of its photographs are test images, as" in caplog.text
+    assert flat.split_file.exists()
+    again = split.load(flat, TAKES)
+    assert again.testing.paths == first.testing.paths
+
+
+def test_examples_of_one_pair_of_folders_are_of_both_classes(flat):
+    configured = settings.read_yaml(CONFIG_FILE, Config).inference_examples
+    defect, good = flat.examples(configured, lambda said: None)
+    assert (defect.parent.name, good.parent.name) == ("def_front", "ok_front")
+
+
+def save(folder: Path, count: int, pixels: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 3, pixels.shape)
+        Image.fromarray((pixels + noise).astype(np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("colour", "color", "channels"),
+    [((90, 90, 90), "auto", 1), ((150, 60, 60), "auto", 3), ((150, 60, 60), "grey", 1)],
+)
+def test_colour_is_kept_where_the_images_have_it(tmp_path, colour, color, channels):
+    for name in ("def_front", "ok_front"):
+        save(tmp_path / "train" / name, 4, np.tile(np.array(colour), (40, 40, 1)))
+    takes = DataFolder(tmp_path, tmp_path / "cache").image_format((64, 64), color)
+    assert takes == ImageFormat(64, 64, channels)
+
+
+def test_a_small_coloured_mark_is_colour(tmp_path):
+    marked = np.full((200, 200, 3), 90)
+    marked[20:30, 20:30] = (160, 40, 40)
+    save(tmp_path / "train" / "def_front", 4, marked)
+    save(tmp_path / "train" / "ok_front", 4, np.full((200, 200, 3), 90))
+    assert DataFolder(tmp_path, tmp_path).image_format((64, 64), "auto").channels == 3
+
+
+def test_images_that_get_borders_are_said_with_a_better_size(tmp_path, caplog):
+    for name in ("def_front", "ok_front"):
+        save(tmp_path / "train" / name, 3, np.full((100, 300), 90))
+    with caplog.at_level(logging.INFO):
+        DataFolder(tmp_path, tmp_path).image_format((256, 256), "auto")
+    assert "2.98 times as wide as high and get borders to fill 256 x 256" in caplog.text
+    assert "image_size: [160, 448] in src/config.yaml" in caplog.text
+
+
+def test_a_name_of_both_classes_is_refused(tmp_path):
+    text = CONFIG_FILE.read_text().replace("[ok_front, ok,", "[ok_front, Defect,")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(PipelineError, match="classes: 'defect' is a name of both classes"):
+        settings.read_yaml(tmp_path / "config.yaml", Config)
