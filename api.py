@@ -35,7 +35,8 @@ def main() -> None:
     """Read options and settings, then serve until stopped."""
     env = settings.environment()
     options = arguments(env)
-    names = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig).mlflow
+    configured = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
+    names = configured.mlflow.of(settings.read_config().product)
     command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
     folder = settings.from_root(options.jobs)
     jobs = Jobs(folder, command, ROOT, options.time_limit, os.environ)

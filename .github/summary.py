@@ -10,15 +10,14 @@ from defect_detection import cli, settings  # noqa: E402
 from defect_detection.pipeline.best_model import BestModel  # noqa: E402
 from defect_detection.pipeline.summary import Summary  # noqa: E402
 from defect_detection.registry import store  # noqa: E402
-from defect_detection.settings import Config  # noqa: E402
 
 
 def main() -> None:
     """Collect the last training and evaluation, and print them."""
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    names = config.mlflow
+    config = settings.read_config()
+    names = config.names
     with store.connected(settings.tracking_uri(settings.environment())):
-        best = BestModel.read(settings.from_root(config.paths.best_model))
+        best = BestModel.read(config.best_model, "python src/train.py")
         experiment = f"eval/{names.experiment_name}"
         print(Summary.collect(best, experiment, names.production_model_name).markdown())
 

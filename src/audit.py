@@ -12,7 +12,6 @@ from defect_detection import cli, settings
 from defect_detection.atomic import replace_atomically, write_mapping
 from defect_detection.dataset import audit, split
 from defect_detection.dataset.folder import DataFolder
-from defect_detection.settings import Config
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
         help="exit code 1 on leakage, two labels or unreadable images",
     )
     options = parser.parse_args()
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
+    config = settings.read_config(options.config)
     parameters = config.model_parameters
     env = settings.environment()
     folder = DataFolder.choose(options.data, env, config)

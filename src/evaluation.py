@@ -14,7 +14,6 @@ from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.evaluate import EvaluationPlan, evaluate_and_register
 from defect_detection.pipeline.register import Rules
 from defect_detection.registry import promotion, saved_model, store
-from defect_detection.settings import Config
 
 
 def main() -> None:
@@ -22,17 +21,17 @@ def main() -> None:
     example = "python src/evaluation.py --data ~/images/castings"
     options = cli.parser(__doc__, example).parse_args()
     env = settings.environment()
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
+    config = settings.read_config(options.config)
     folder = DataFolder.choose(options.data, env, config)
-    plan = EvaluationPlan(Rules(config.mlflow, config.decisions, promotion.actor(env)))
+    plan = EvaluationPlan(Rules(config.names, config.decisions, promotion.actor(env)))
 
     with store.connected(settings.tracking_uri(env)):
-        best = BestModel.read(settings.from_root(config.paths.best_model))
+        best = BestModel.read(config.best_model, cli.command("src/train.py", options))
         classifier = saved_model.load_classifier(best.model_uri)
         split = splits.load(folder, classifier.takes)
         if split.training.digest != best.data_digest:
             print(f"{split.training} has changed since this model was trained on it")
-        experiment = store.open_experiment(f"eval/{config.mlflow.experiment_name}")
+        experiment = store.open_experiment(f"eval/{config.names.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
         with record.run(experiment, "evaluation", tags):
             evaluate_and_register(best, classifier, split, plan)

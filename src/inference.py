@@ -45,7 +45,7 @@ def main() -> int:
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     with ExitStack() as stack:
         # Asking the registry takes two seconds: it begins first and is awaited last.
-        production = None if options.model else ask_registry()
+        production = None if options.model else ask_registry(options)
         if production is not None:
             stack.callback(production.close)
         items = iter(()) if options.watch else find(options)
@@ -103,32 +103,31 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
         raise PipelineError(f"{options.watch} is not a folder. Make it, or watch another")
 
 
-def ask_registry() -> "Production":
+def ask_registry(options: Namespace) -> "Production":
     """Start to ask which version is in production."""
-    config, env = configuration()
+    config, env = configuration(options.config)
     from defect_detection import settings
     from defect_detection.inference.production import Production
 
     kept = settings.from_root(config.paths.cache)
-    return Production(settings.tracking_uri(env), config.mlflow.production_model_name, kept)
+    return Production(settings.tracking_uri(env), config.names.production_model_name, kept)
 
 
 @cache
-def configuration() -> "tuple[Config, dict[str, str]]":
-    """Read src/config.yaml and the environment.
+def configuration(file: str | None) -> "tuple[Config, dict[str, str]]":
+    """Read src/config.yaml, or another file, and the environment.
 
     Raises:
         PipelineError: only requirements-line.txt is installed, which cannot read them.
     """
     try:
         from defect_detection import settings
-        from defect_detection.settings import Config
     except ModuleNotFoundError as error:
         raise PipelineError(
             f"{error.name} is not installed. Name images and a model's folder with --model, or "
             f"install requirements.txt"
         ) from error
-    return settings.read_yaml(settings.CONFIG_FILE, Config), settings.environment()
+    return settings.read_config(file), settings.environment()
 
 
 def find(options: Namespace) -> "Iterator[Item]":
@@ -141,7 +140,7 @@ def find(options: Namespace) -> "Iterator[Item]":
 
     if options.pictures or options.files_from:
         return sources.items(options.pictures, options.files_from)
-    config, env = configuration()
+    config, env = configuration(options.config)
     from defect_detection.dataset.folder import DataFolder
     from defect_detection.inference.judge import Item
 

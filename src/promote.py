@@ -8,7 +8,6 @@ from defect_detection import cli, settings
 from defect_detection.registry import promotion, store, versions
 from defect_detection.registry.promotion import Change, Recorded
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version
-from defect_detection.settings import Config
 
 
 def main() -> None:
@@ -16,6 +15,7 @@ def main() -> None:
     parser = cli.parser(
         __doc__, "python src/promote.py --rollback --why 'misses cracks on line 3'", data=False
     )
+    parser.add_argument("--config", metavar="FILE", help="instead of src/config.yaml")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="list versions and changes (default)")
     what.add_argument("--version", type=int, metavar="N", help="give prod to version N")
@@ -23,8 +23,7 @@ def main() -> None:
     parser.add_argument("--why", metavar="TEXT", help="the reason, which is recorded")
     options = parser.parse_args()
     env = settings.environment()
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
-    name = config.mlflow.production_model_name
+    name = settings.read_config(options.config).names.production_model_name
 
     with store.connected(settings.tracking_uri(env)):
         by = promotion.actor(env)

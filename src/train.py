@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import cli, settings
+from defect_detection import PipelineError, cli, settings
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
@@ -23,7 +23,7 @@ from defect_detection.pipeline.fit import FitPlan, Fold
 from defect_detection.pipeline.record import TRAINING_TAG, Trained
 from defect_detection.registry import store
 from defect_detection.runtime.preprocessing import ImageFormat
-from defect_detection.settings import Config, HyperParameters
+from defect_detection.settings import Config, HyperParameters, ModelParameters
 
 if TYPE_CHECKING:
     import keras
@@ -33,22 +33,24 @@ def main() -> None:
     """Read settings and data; then fit each set, and keep the best."""
     parser = cli.parser(__doc__, "python src/train.py --data ~/images/castings")
     parser.add_argument("--folds", type=_folds, metavar="N", help="cross-validate instead")
+    parser.add_argument("--set", metavar="NAME", help="fit only this set of the configuration")
     options = parser.parse_args()
     env = settings.environment()
-    config = settings.read_yaml(settings.CONFIG_FILE, Config)
+    config = settings.read_config(options.config)
     cache = settings.from_root(config.paths.cache)
     folder = DataFolder.choose(options.data, env, config)
-    best_file = settings.from_root(config.paths.best_model)
+    best_file = config.best_model
     require_writable(best_file.parent)
 
     with store.connected(settings.tracking_uri(env)):
-        experiment = store.open_experiment(f"train/{config.mlflow.experiment_name}")
+        experiment = store.open_experiment(f"train/{config.names.experiment_name}")
         parameters = config.model_parameters
         takes = folder.image_format(parameters.image_size, parameters.color)
         split = splits.load(folder, takes)
         print(f"{split.training}: {folder.describe(split.training.counts)}, {takes}")
         print(split.leakage, flush=True)
-        plans = [plan(config, one, takes, cache, settings.device(env)) for one in parameters.sets]
+        device = settings.device(env)
+        plans = [plan(config, one, takes, cache, device) for one in chosen(parameters, options.set)]
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
             return
@@ -57,7 +59,20 @@ def main() -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         digest = split.training.digest
         BestModel(best.run_id, best.model_uri, best.val_accuracy, digest, now).write(best_file)
-    tell.sets(trained, best, best_file)
+    tell.sets(trained, best, best_file, cli.command("src/evaluation.py", options))
+
+
+def chosen(parameters: ModelParameters, name: str | None) -> list[HyperParameters]:
+    """Return the sets to fit: all, or the one with a name.
+
+    Raises:
+        PipelineError: no set has the name.
+    """
+    found = [one for one in parameters.sets if name in (None, one.name)]
+    if not found:
+        known = ", ".join(one.name for one in parameters.sets)
+        raise PipelineError(f"There is no set {name}, expected one of: {known}")
+    return found
 
 
 def plan(

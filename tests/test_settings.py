@@ -38,8 +38,13 @@ def test_the_configuration_has_three_sets_that_differ_in_more_than_one_respect()
 
 
 def test_unknown_key_is_named_with_the_known_ones(broken):
-    message = broken(lambda c: c["model_parameters"].update(epoch=3))
-    assert "model_parameters.epoch is not a known key, expected one of: image_size" in message
+    message = broken(lambda c: c["model_parameters"].update(dropout=3))
+    assert "model_parameters.dropout is not a known key, expected one of: image_size" in message
+
+
+def test_misspelt_key_is_named_with_the_one_that_was_meant(broken):
+    message = broken(lambda c: c["model_parameters"].update(varaints=3))
+    assert "model_parameters.varaints is not a known key, did you mean variants?" in message
 
 
 def test_missing_key_is_named_with_what_is_expected(broken):

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,13 @@ from defect_detection import PipelineError
 
 
 def parser(docstring: str, example: str, data: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the script's docstring as help, an example, and `--data` if wanted."""
+    """Return a parser with the script's docstring as help and an example.
+
+    Args:
+        docstring: of the script.
+        example: of a call.
+        data: whether it has the options `--data` and `--config`.
+    """
     made = argparse.ArgumentParser(
         description=docstring,
         epilog=f"example:\n  {example}",
@@ -24,7 +31,17 @@ def parser(docstring: str, example: str, data: bool = True) -> argparse.Argument
             metavar="DIR",
             help="folder with train/ and test/; default: the variable DATA_PATH, then the YAML's",
         )
+        made.add_argument("--config", metavar="FILE", help="instead of src/config.yaml")
     return made
+
+
+def command(script: str, options: argparse.Namespace) -> str:
+    """Return how to call another script with the same data and configuration."""
+    words = ["python", script]
+    for name in ("data", "config"):
+        if getattr(options, name, None):
+            words += [f"--{name}", getattr(options, name)]
+    return shlex.join(words)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -5,7 +5,8 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Name = Annotated[str, Field(min_length=1)]
+Product = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 Count = Annotated[int, Field(ge=1)]
 Epochs = Annotated[int, Field(ge=1, le=1000)]
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
@@ -167,6 +169,17 @@ class MLflowNames:
     testing_model_alias: Name
     evaluation_threshold: Annotated[float, Field(ge=0, le=1)]
 
+    def of(self, product: str | None) -> "MLflowNames":
+        """Return the names of the experiments and models of a product, None for no product."""
+        if product is None:
+            return self
+        return replace(
+            self,
+            experiment_name=f"{self.experiment_name}-{product}",
+            production_model_name=f"{self.production_model_name}-{product}",
+            testing_model_name=f"{self.testing_model_name}-{product}",
+        )
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Decisions:
@@ -217,14 +230,30 @@ class Classes:
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
-    """`src/config.yaml`."""
+    """`src/config.yaml`.
 
+    `product` is a suffix of experiments and registered models, so that several kinds of parts can
+    share a tracking store.
+    """
+
+    product: Product | None
     paths: Paths
     classes: Classes
     model_parameters: ModelParameters
     mlflow: MLflowNames
     decisions: Decisions
     inference_examples: InferenceExamples
+
+    @property
+    def names(self) -> MLflowNames:
+        """Names of the product's experiments and models."""
+        return self.mlflow.of(self.product)
+
+    @property
+    def best_model(self) -> Path:
+        """The product's file that says which model the evaluation takes."""
+        path = from_root(self.paths.best_model)
+        return path.with_stem(f"{path.stem}-{self.product}") if self.product else path
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -292,6 +321,15 @@ class RetrainConfig:
     inference_examples: InferenceExamples
 
 
+def read_config(path: str | None = None) -> Config:
+    """Read `src/config.yaml`, or another file of that form.
+
+    Raises:
+        PipelineError: as `read_yaml` raises it.
+    """
+    return read_yaml(Path(path) if path else CONFIG_FILE, Config)
+
+
 def read_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file into the dataclass `kind`.
 
@@ -330,8 +368,11 @@ def _explain(error: ValidationError, kind: type) -> str:
     key = ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(f.name for f in fields(_type_at(kind, first["loc"][:-1])))
-        return f"{key} is not a known key, expected one of: {known}{more}"
+        known = [f.name for f in fields(_type_at(kind, first["loc"][:-1]))]
+        meant = get_close_matches(str(first["loc"][-1]), known, 1)
+        if meant:
+            return f"{key} is not a known key, did you mean {meant[0]}?{more}"
+        return f"{key} is not a known key, expected one of: {', '.join(known)}{more}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing, expected {_describe(_type_at(kind, first['loc']))}{more}"
     if first["type"] == "json_invalid":

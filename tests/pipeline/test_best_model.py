@@ -17,7 +17,7 @@ def test_best_model_comes_back_as_it_was_written(store, tmp_path):
         pass
     best = _best(run.info.run_id)
     best.write(tmp_path / "best_model.json")
-    assert BestModel.read(tmp_path / "best_model.json") == best
+    assert BestModel.read(tmp_path / "best_model.json", "python src/train.py --data d") == best
 
 
 @pytest.mark.parametrize("gone", ["0123456789abcdef0123456789abcdef", None])
@@ -28,16 +28,16 @@ def test_best_model_of_a_run_that_is_gone_is_refused(store, tmp_path, gone):
         mlflow.delete_run(gone)
     _best(gone).write(tmp_path / "best_model.json")
     with pytest.raises(PipelineError, match=f"run {gone}, which is not in the tracking store"):
-        BestModel.read(tmp_path / "best_model.json")
+        BestModel.read(tmp_path / "best_model.json", "python src/train.py --data d")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run_id": "1"}', '{"unknown": 1}'])
 def test_damaged_best_model_is_refused(tmp_path, text):
     (tmp_path / "best_model.json").write_text(text)
     with pytest.raises(PipelineError, match="is damaged"):
-        BestModel.read(tmp_path / "best_model.json")
+        BestModel.read(tmp_path / "best_model.json", "python src/train.py --data d")
 
 
 def test_missing_best_model_names_the_script_that_writes_it(tmp_path):
     with pytest.raises(PipelineError, match=r"does not exist. Run 'python src/train\.py' first"):
-        BestModel.read(tmp_path / "best_model.json")
+        BestModel.read(tmp_path / "best_model.json", "python src/train.py --data d")

@@ -137,10 +137,8 @@ def test_rule_significant_moves_the_alias_only_if_significantly_better(line):
 def test_champion_of_an_easier_test_is_scored_again_and_loses(line, capsys):
     line.register(79)
     first = line.prod
-    line.models[first.uri] = Right(
-        line.split.testing.labels.copy(), 55
-    )  # what it is worth on the other images
-    line.models[first.uri].takes = ImageFormat(64, 96)
+    # What it is worth on the other images.
+    line.models[first.uri] = Right(line.split.testing.labels.copy(), 55)
     line.take_other_pictures()
     second = line.register(58)
     assert second.in_production
@@ -233,3 +231,40 @@ def test_each_rule_of_the_release_can_be_turned_off(line):
     assert not line.register_model(Verdicts(np.full(len(labels), 0.1))).release.released
     line.decisions = replace(line.decisions, refuse_escapes=False)
     assert line.register_model(Verdicts(np.full(len(labels), 0.1))).in_production
+
+
+def test_a_version_that_takes_other_images_does_not_replace_the_champion(line):
+    """A person may decide; the champion is not scored again."""
+    line.register(60)
+    model = Right(line.split.testing.labels.copy(), 79)
+    model.takes = ImageFormat(64, 96)
+    second = line.register_model(model)
+    assert not second.in_production and line.prod.number == 1
+    assert "it takes images of 64 x 96, grey, version 1 of 32 x 32, grey" in second.decision
+    assert "python src/promote.py --version 2" in second.decision
+    promotion.choose(second.version.name, 2, "larger images", "tester")
+    assert line.prod.number == 2
+
+
+def test_a_version_of_another_product_neither_replaces_nor_rescores_the_champion(line):
+    line.register(60)
+    before = line.prod.tags
+    foreign = tuple(f"{number:064x}" for number in range(80))
+    testing = replace(line.split.testing, contents=foreign, digest="another product")
+    training = replace(line.split.training, contents=("f" * 64,) * len(line.split.training))
+    line.split = replace(line.split, testing=testing, training=training)
+    second = line.register(80)
+    assert second.version.acc == 1 and not second.in_production
+    assert "its data has no image in common with that of version 1" in second.decision
+    assert second.comparison is None
+    assert {k: v for k, v in line.prod.tags.items() if "promotion" not in k} == {
+        k: v for k, v in before.items() if "promotion" not in k
+    }
+
+
+def test_data_that_grew_is_still_the_same_product(line):
+    line.register(60)
+    grown = (*line.split.testing.contents[:10], *(f"{number:064x}" for number in range(70)))
+    testing = replace(line.split.testing, contents=grown, digest="grown")
+    line.split = replace(line.split, testing=testing)
+    assert line.register(62).in_production

@@ -1,6 +1,7 @@
 """Finds what is wrong with a data folder before anything is trained on it."""
 
 import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -160,9 +161,10 @@ def _verdict(audit: Audit) -> str:
     testing = sum(audit.pictures.get("test", {}).values())
     leaked = sum(map(len, audit.leaked.values()))
     if leaked:
+        again = f"python src/audit.py --data {shlex.quote(audit.folder)} --resplit 0.2"
         return (
             f"Do not trust an accuracy on this test set. {describe_leakage(leaked, testing)}\n"
-            f"For a clean split: python src/audit.py --resplit 0.2"
+            f"For a clean split: {again}"
         )
     found = [
         f"{len(paths)} {what}"

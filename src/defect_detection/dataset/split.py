@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, sketch
 from defect_detection.atomic import read_mapping, write_mapping
 from defect_detection.dataset import decoded, holdout
 from defect_detection.dataset.decoded import Decoded
@@ -70,6 +70,11 @@ class Split:
     def leaked_share(self) -> float:
         """Share of the test images that are leaked, in [0, 1]."""
         return float(self.leaked.mean())
+
+    @property
+    def sketch(self) -> str:
+        """A sketch of the contents of all images."""
+        return sketch.of([*self.training.contents, *self.testing.contents])
 
     @property
     def leakage(self) -> str:

@@ -36,13 +36,17 @@ class BestModel:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> "BestModel":
+    def read(cls, path: Path, training: str) -> "BestModel":
         """Read the file.
+
+        Args:
+            path: of the file.
+            training: the call that writes it, for messages.
 
         Raises:
             PipelineError: it is missing or damaged, or its run was deleted.
         """
-        again = "Run 'python src/train.py'"
+        again = f"Run '{training}'"
         try:
             best = cls(**json.loads(path.read_text()))
         except FileNotFoundError as error:

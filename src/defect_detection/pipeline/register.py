@@ -11,10 +11,12 @@ from defect_detection.pipeline.champions import Champions
 from defect_detection.registry import promotion, versions
 from defect_detection.registry.versions import (
     EVALUATED_BY,
+    IMAGES,
     NOT_RELEASED,
     PRODUCTION_ALIAS,
     QUALIFIED,
     RELEASED,
+    TAKES,
     Version,
 )
 from defect_detection.settings import Decisions, MLflowNames
@@ -61,6 +63,7 @@ class Decision:
         comparison: with the champion, None if there is none or it cannot be run.
         qualified: whether the rule `promotion` lets the version get the alias.
         release: whether it is released.
+        unlike: why it cannot be compared with the champion, "" if it can.
     """
 
     name: str
@@ -68,12 +71,15 @@ class Decision:
     comparison: Comparison | None
     qualified: bool
     release: Release
+    unlike: str
 
     def compared(self) -> str:
         """Return the comparison with the champion in words."""
         if self.champion is None:
             return "There was no version in production to compare with."
         known = f"{self.champion.name} version {self.champion.number} ({PRODUCTION_ALIAS})"
+        if self.unlike:
+            return f"Not compared with {known}: {self.unlike}."
         if self.comparison is None:
             return f"{known} was not compared, since it cannot be run."
         return f"Compared with {known}: {self.comparison}"
@@ -82,7 +88,10 @@ class Decision:
 def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decision:
     """Decide by the test accuracy and by the comparison with the champion on the same images."""
     champion = versions.in_production(rules.names.production_model_name)
-    comparison = champions.compare(champion, evaluation) if champion is not None else None
+    unlike = comparison = None
+    if champion is not None:
+        unlike = Version("", 0, 0.0, data_tags(evaluation)).unlike(champion)
+        comparison = None if unlike else champions.compare(champion, evaluation)
     better = comparison is None or comparison.verdict == "better"
     return Decision(
         name=versions.gate(evaluation.scores.accuracy, rules.names),
@@ -90,6 +99,7 @@ def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decisi
         comparison=comparison,
         qualified=rules.decisions.promotion != "significant" or better,
         release=judge(evaluation, rules.decisions),
+        unlike=unlike or "",
     )
 
 
@@ -122,7 +132,7 @@ def move_alias(
         said, in_production = _queue(version, rules.names), False
     else:
         champions.add(version, evaluation)
-        said, in_production = _promote(version, evaluation, champions, rules)
+        said, in_production = _promote(version, decision, champions, rules)
     return Registration(
         version, decision.champion, decision.comparison, decision.release, said, in_production
     )
@@ -137,7 +147,7 @@ def describe(
         f"from photographs of training; {evaluation.unseen}. Validation accuracy "
         f"{model.val_accuracy:.4f}."
     )
-    tags = evaluation.tags()
+    tags = evaluation.tags() | data_tags(evaluation)
     if decision.comparison is not None:
         tags["comparison"] = decision.compared()
     if not decision.qualified:
@@ -149,6 +159,11 @@ def describe(
     return description, tags
 
 
+def data_tags(evaluation: Evaluation) -> dict[str, str]:
+    """Return the tags by which versions of different products are told apart."""
+    return {TAKES: str(evaluation.takes), IMAGES: evaluation.split.sketch}
+
+
 def _queue(version: Version, names: MLflowNames) -> str:
     queued = versions.queue_for_retraining(names)
     return (
@@ -158,10 +173,12 @@ def _queue(version: Version, names: MLflowNames) -> str:
 
 
 def _promote(
-    version: Version, evaluation: Evaluation, champions: Champions, rules: Rules
+    version: Version, decision: Decision, champions: Champions, rules: Rules
 ) -> tuple[str, bool]:
-    digest = evaluation.split.testing.digest
-    first = promotion.promote(version.name, digest, champions.update, rules.by)
+    first = decision.champion
+    if not decision.unlike:  # else the champion would be scored again on another product
+        digest = version.tags["test_digest"]
+        first = promotion.promote(version.name, digest, champions.update, rules.by)
     said = f"Registered as {version.name} version {version.number}"
     if not version.released:
         said += ", not released"
@@ -170,6 +187,11 @@ def _promote(
     said += (
         f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of {first.acc:.4f}"
     )
-    if not version.qualified:
+    if decision.unlike:
+        said += (
+            f", and stays: {decision.unlike}. A person may decide: python src/promote.py "
+            f"--version {version.number}"
+        )
+    elif not version.qualified:
         said += ", since only a version that is significantly better replaces it"
     return said, first.number == version.number

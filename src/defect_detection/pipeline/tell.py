@@ -16,8 +16,8 @@ def epoch(plan: FitPlan, number: int, values: dict[str, float]) -> None:
     print(f"  epoch {number} of {plan.parameters.epochs}: {shown}", flush=True)
 
 
-def sets(trained: list[Trained], best: Trained, best_file: Path) -> None:
-    """Print a table of the fitted sets, the best marked, and where it was written."""
+def sets(trained: list[Trained], best: Trained, best_file: Path, next_step: str) -> None:
+    """Print a table of the fitted sets, the best marked, where it was written, what comes next."""
     width = max(8, *(len(one.name) for one in trained))
     print(f"\n  {'set':{width}}  best epoch  validation accuracy  seconds  run id")
     for one in trained:
@@ -25,7 +25,7 @@ def sets(trained: list[Trained], best: Trained, best_file: Path) -> None:
             f"{'*' if one is best else ' '} {one.name:{width}}  {one.best_epoch:10}  "
             f"{one.val_accuracy:19.4f}  {one.seconds:7.1f}  {one.run_id}"
         )
-    print(f"Best: {best.name}, written to {best_file}. Next: python src/evaluation.py")
+    print(f"Best: {best.name}, written to {best_file}. Next: {next_step}")
 
 
 def fold(scored: Fold) -> None:

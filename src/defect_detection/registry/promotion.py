@@ -97,7 +97,7 @@ def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -
             for version in versions.with_accuracy(name)
             if version.test_digest == digest
             and version.number not in unusable
-            and (version.number == kept or _may_be_promoted(version))
+            and (version.number == kept or _may_replace(version, present))
         ]
         if not eligible:
             return present
@@ -109,8 +109,10 @@ def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -
         target = best.number
 
 
-def _may_be_promoted(version: Version) -> bool:
-    return version.released and version.qualified and not version.set_aside
+def _may_replace(version: Version, present: Version | None) -> bool:
+    """Return whether a version with a higher accuracy gets the alias."""
+    alike = present is None or not version.unlike(present)
+    return version.released and version.qualified and not version.set_aside and alike
 
 
 def choose(name: str, number: int, why: str, by: str) -> Change:

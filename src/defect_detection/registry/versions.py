@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from defect_detection import sketch
 from defect_detection.settings import MLflowNames
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ PRODUCTION_ALIAS = "prod"
 QUALIFIED, SET_ASIDE = "qualified", "set_aside"
 RELEASED, NOT_RELEASED = "released", "not_released"  # the second says why not
 EVALUATED_BY = "evaluation_run"
+TAKES = "takes"  # the pixels that its model takes, in words
+IMAGES = "images"  # a sketch of the images that it was trained and tested on
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,22 @@ class Version:
     def why_not_released(self) -> str:
         """Why it is not released, in words."""
         return self.tags.get(NOT_RELEASED, "")
+
+    def unlike(self, other: "Version") -> str:
+        """Return why it cannot replace another version by an accuracy, "" if it can.
+
+        Versions from before these tags are like any other.
+        """
+        ours, theirs = self.tags.get(TAKES), other.tags.get(TAKES)
+        if ours and theirs and ours != theirs:
+            return f"it takes images of {ours}, version {other.number} of {theirs}"
+        ours, theirs = self.tags.get(IMAGES), other.tags.get(IMAGES)
+        if ours and theirs and not sketch.share(ours, theirs):
+            return (
+                f"its data has no image in common with that of version {other.number}; for "
+                f"another product set product in src/config.yaml"
+            )
+        return ""
 
     @property
     def set_aside(self) -> bool:
