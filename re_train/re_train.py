@@ -51,10 +51,12 @@ class Start:
     Attributes:
         version: to fine-tune, None to fit a new model.
         takes: the pixels that it takes.
+        good_only: whether there are too few defects to learn from.
     """
 
     version: Version | None
     takes: ImageFormat
+    good_only: bool
 
 
 def main() -> None:
@@ -81,7 +83,9 @@ def main() -> None:
         takes = choose_format(start, folder, own, config.model_parameters.color)
         split = splits.load(folder, takes)
         print(split.leakage, flush=True)
-        planned = plan(config, own, overrides, Start(start, takes), device)
+        planned = plan(
+            config, own, overrides, Start(start, takes, split.training.few_defects), device
+        )
         with record.run(experiment, "re-train"):
             record.started_from(source)
             record.dataset(split.training, "training")
@@ -155,17 +159,25 @@ def plan(
         decisions=config.decisions,
         quantize=shared.quantize,
         device=device,
+        good_only=start.good_only,
         layers=first.layers() if start.version is None else {},
     )
 
 
 def make_model(start: Start, hyper: HyperParameters) -> "keras.Model":
-    """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`."""
+    """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`.
+
+    A model of good parts alone is not fine-tuned by defects, nor another one without them.
+    """
     from defect_detection.training import network  # TensorFlow takes 4 s to import
 
-    if start.version is None:
-        return network.build(start.takes.shape, hyper)
-    return saved_model.load_keras(start.version.uri)
+    if start.version is not None:
+        loaded = saved_model.load_keras(start.version.uri)
+        if network.is_good_only(loaded) == start.good_only:
+            return loaded
+    if start.good_only:
+        hyper = replace(hyper, head="good")
+    return network.build(start.takes.shape, hyper)
 
 
 def report_epoch(

@@ -7,6 +7,7 @@ With --folds no model is kept: each set is cross-validated on data/train, by pho
 """
 
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,11 @@ def main() -> None:
         print(f"{split.training}: {folder.describe(split.training.counts)}, {takes}")
         print(split.leakage, flush=True)
         device = settings.device(env)
-        plans = [plan(config, one, takes, cache, device) for one in chosen(parameters, options.set)]
+        sets = chosen(parameters, options.set)
+        print(splits.describe_defects(split))
+        if split.training.few_defects and not options.folds:
+            sets = [replace(one, head="good") for one in sets if one.head != "map"] or sets[:1]
+        plans = [plan(config, one, takes, cache, device) for one in sets]
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
             return
@@ -88,6 +93,7 @@ def plan(
         decisions=config.decisions,
         quantize=parameters.quantize,
         device=device,
+        good_only=hyper.head == "good",
         layers=hyper.layers(),
     )
 

@@ -25,7 +25,7 @@ API_PORT = 5001
 JOBS_PATH = ".jobs"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
 Color = Literal["auto", "grey"]  # auto keeps the colour of images that have it
-Head = Literal["map", "wide"]  # what a model makes its verdict from
+Head = Literal["map", "wide", "good"]  # what a model makes its verdict from
 QUANTIZE: tuple[str, ...] = get_args(Quantize)
 DEVICES = ("auto", "cpu", "gpu")  # values of the variable DEVICE
 
@@ -63,7 +63,7 @@ class HyperParameters:
         views: 2 also uses a copy of each image rotated by 180 degrees, which takes twice as long.
         head: "map" looks for a defect place by place, and learns from strong variants and drawn
             blemishes; "wide" also weighs what is seen in the image as a whole, and learns from the
-            images as they are and from gentle variants.
+            images as they are and from gentle variants; "good" learns from good parts only.
         learning_rate: the highest; it falls along a cosine to 0 at the last epoch.
         weight_decay: of AdamW, the share of a weight that a step takes away, per learning rate.
         batch_size: images in a step.

@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold  # noqa: E402
 import sample  # noqa: E402
 import truth  # noqa: E402
 from defect_detection import settings  # noqa: E402
-from defect_detection.dataset import decoded  # noqa: E402
+from defect_detection.dataset import decoded, holdout  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import SIDES, DataFolder  # noqa: E402
 from defect_detection.dataset.split import Dataset  # noqa: E402
@@ -42,7 +42,7 @@ from defect_detection.runtime.decision import (  # noqa: E402
 )
 from defect_detection.runtime.model_files import ServedModel  # noqa: E402
 from defect_detection.settings import ModelParameters  # noqa: E402
-from defect_detection.training import features, fitting, network  # noqa: E402
+from defect_detection.training import features, fitting, good_only, network  # noqa: E402
 from defect_detection.training.network import keras, tf  # noqa: E402
 
 RESULTS = ROOT / "docs" / "benchmark.json"
@@ -68,7 +68,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    names = ("drawn", "tutorial", "ours", "former")
+    names = ("drawn", "tutorial", "ours", "good_only", "former")
     parser.add_argument("--only", choices=names)
     options = parser.parse_args()
     logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -91,6 +91,8 @@ def main() -> None:
             if "ours" in asked:
                 castings = Castings(parameters, Path(name))
                 keep("ours", our_folds(parameters, castings, options.seeds))
+            if "good_only" in asked:
+                keep("good_only", good_only_folds(parameters, Castings(parameters, Path(name))))
             if "former" in asked:
                 keep("former", former_folds(Path(name) / "former", options.seeds))
     if results.keys() >= set(names):
@@ -296,6 +298,47 @@ def our_folds(parameters: ModelParameters, castings: Castings, seeds: int) -> li
                 | asdict(fitted[kept].calibration)
                 | stability(served[kept], castings, fold)
             )
+    return found
+
+
+def good_only_folds(parameters: ModelParameters, castings: Castings) -> list[dict]:
+    """Fit to good castings alone, without those of each fold; judge these and all defects."""
+    hyper = replace(parameters.sets[1], head="good")
+    most = settings.read_config().decisions.max_overkill_rate
+    clear = ~np.isin(castings.photographs, castings.two_labels)
+    good = np.flatnonzero((castings.labels == 0) & clear)
+    defects = np.flatnonzero((castings.labels == 1) & clear)[::3]
+    sampling = parameters.sampling(settings.from_root(".cache"))
+    made = network.build(castings.takes.shape, hyper)
+    computed = features.compute(made, castings.data, sampling)
+    found = []
+    print("\ngood castings only   AUC by photograph   good photographs rejected   defects found")
+    for number, part in enumerate(holdout.parts(castings.photographs[good], 0.2, 0)):
+        fold = np.concatenate([good[part], defects])
+        fitting.make_deterministic(parameters.seed)
+        model = network.build(castings.takes.shape, hyper)
+        others = computed.among(np.setdiff1d(good, good[part]))
+        good_only.fit(model, others, parameters.fit_parameters(hyper), most, lambda *_: None)
+        served = Classifier(ServedModel(network.to_litert(model), castings.takes))
+        probabilities = served.probabilities(castings.data.images[fold])
+        of = metrics.by_photograph(castings.labels[fold], probabilities, castings.photographs[fold])
+        scores = metrics.score(*of, ACCURACY_THRESHOLD)
+        images = metrics.score(castings.labels[fold], probabilities, ACCURACY_THRESHOLD)
+        found.append(
+            {
+                "fold": number,
+                "roc_auc": scores.roc_auc,
+                "rejected": scores.ok_rejected,
+                "good": scores.ok_rejected + scores.ok_passed,
+                "recall_def_front": scores.recall_def_front,
+                "overkill_of_images": 1 - images.recall_ok_front,
+            }
+        )
+        print(
+            f"fold {number}{scores.roc_auc:32.3f}{scores.ok_rejected:16} of "
+            f"{found[-1]['good']}{scores.recall_def_front:22.3f}",
+            flush=True,
+        )
     return found
 
 

@@ -39,5 +39,7 @@ def test_damaged_best_model_is_refused(tmp_path, text):
 
 
 def test_missing_best_model_names_the_script_that_writes_it(tmp_path):
-    with pytest.raises(PipelineError, match=r"does not exist. Run 'python src/train\.py' first"):
+    with pytest.raises(
+        PipelineError, match=r"does not exist. Run 'python src/train\.py --data d' first"
+    ):
         BestModel.read(tmp_path / "best_model.json", "python src/train.py --data d")

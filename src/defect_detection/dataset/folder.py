@@ -119,14 +119,15 @@ class DataFolder:
         """Return the folders of each class in the folder of a side, "" for this one.
 
         Raises:
-            PipelineError: a class has none.
+            PipelineError: good parts have none. Defects may have none: a model can learn from good
+                parts alone.
         """
         root = self.path / side
         below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         found = {name: [p for p in below if self._class_named(p.name) == name] for name in CLASSES}
         others = [p.name for p in below if self._class_named(p.name) is None]
         for name, folders in found.items():
-            if not folders:
+            if not folders and name == NEGATIVE:
                 known = ", ".join(self.classes[name])
                 raise PipelineError(
                     f"{root} holds no folder of {name}: none is named {known}. There are: "
@@ -172,7 +173,11 @@ class DataFolder:
             raise PipelineError(
                 f"{self.path / side} does not exist. See data/README.md, or run 'make sample'"
             )
-        return [path for folders in self.class_folders(side).values() for path in _images(folders)]
+        return [
+            path
+            for name, folders in self.class_folders(side).items()
+            for path in _images(folders, optional=name == POSITIVE)
+        ]
 
     def describe(self, counts: Mapping[str, int]) -> str:
         """Return counts of the classes in words, with the names of their folders."""
@@ -261,8 +266,12 @@ def _look_at(path: Path) -> _Look | None:
     return _Look(pixels.shape[1] / pixels.shape[0], bool(colour.mean() > COLOURED_PIXELS))
 
 
-def _images(folders: list[Path]) -> list[Path]:
-    """Return the images in folders and all below them, and name what else is there."""
+def _images(folders: list[Path], optional: bool) -> list[Path]:
+    """Return the images in folders and all below them, and name what else is there.
+
+    Raises:
+        PipelineError: there are none, and they are not `optional`.
+    """
     found: list[Path] = []
     others: Counter[str] = Counter()
     for folder in folders:
@@ -278,7 +287,7 @@ def _images(folders: list[Path]) -> list[Path]:
     if others:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         _warn(f"{where}: not read: {counted}")
-    if not found:
+    if not found and not optional:
         raise PipelineError(
             f"{where} holds no images. Put {', '.join(preprocessing.SUFFIXES)} files there, or "
             f"run 'make sample'"

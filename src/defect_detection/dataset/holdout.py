@@ -6,7 +6,7 @@ With images of one photograph on both sides of a split, a model could score well
 import numpy as np
 
 from defect_detection import PipelineError
-from defect_detection.runtime.decision import CLASSES, POSITIVE
+from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 
 
 def hold_out(
@@ -59,6 +59,22 @@ def validation_folds(
         if made and all(set(labels[side]) == {0, 1} for rows in made for side in rows):
             return [held_out for _, held_out in made]
     raise _too_few(labels, photographs, share)
+
+
+def parts(photographs: np.ndarray, share: float, seed: int) -> list[np.ndarray]:
+    """Divide images of one class into parts, each of about a share of the photographs.
+
+    Returns:
+        Sorted indices of each part; together they are all images.
+
+    Raises:
+        PipelineError: there are fewer than two photographs.
+    """
+    each = np.random.default_rng(seed).permutation(np.unique(photographs))
+    count = min(max(2, round(1 / share)), len(each))
+    if count < 2:
+        raise PipelineError(f"Too few photographs: {len(each)} of {NEGATIVE}")
+    return [np.flatnonzero(np.isin(photographs, each[number::count])) for number in range(count)]
 
 
 def folds(

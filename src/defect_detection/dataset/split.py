@@ -12,13 +12,14 @@ from defect_detection.atomic import read_mapping, write_mapping
 from defect_detection.dataset import decoded, holdout
 from defect_detection.dataset.decoded import Decoded
 from defect_detection.dataset.folder import SIDES, DataFolder
-from defect_detection.runtime.decision import CLASSES, POSITIVE
+from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 from defect_detection.runtime.preprocessing import ImageFormat
 
 log = logging.getLogger(__name__)
 
 TEST_SHARE, SPLIT_SEED = 0.2, 42  # of a folder without train and test
 LARGEST_UNREADABLE_SHARE = 0.05
+FEW_DEFECTS = 10  # photographs of defects below which a model learns from good parts alone
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Dataset(Decoded):
         """Photographs of each class, in the order of `CLASSES`."""
         of_class = (self.labels == (name == POSITIVE) for name in CLASSES)
         return [len(np.unique(self.photographs[rows])) for rows in of_class]
+
+    @property
+    def few_defects(self) -> bool:
+        """Whether there are too few photographs of defects to learn from."""
+        return self.photograph_counts[CLASSES.index(POSITIVE)] < FEW_DEFECTS
 
     def images_as(self, wanted: ImageFormat) -> np.ndarray:
         """Return the same images in another format, uint8 (n, *wanted.shape).
@@ -90,6 +96,31 @@ def describe_leakage(leaked: int, testing: int) -> str:
         f"{leaked} of {testing} test images ({leaked / testing:.1%}) come from a photograph that "
         f"is also in training."
     )
+
+
+def describe_defects(split: Split) -> str:
+    """Return what the photographs of defects can show, before training."""
+    training, testing = (one.photograph_counts[0] for one in (split.training, split.testing))
+    said = []
+    if split.training.few_defects:
+        said.append(
+            f"{_photographs_of_defects(training)} to learn from, fewer than {FEW_DEFECTS}: models "
+            f"learn from good parts alone, and defects are only judged."
+        )
+    if not testing:
+        said.append("No defect among the test images: nothing will be known of escapes.")
+    else:
+        # Clopper and Pearson's upper bound if none of n passes.
+        most = 1 - 0.025 ** (1 / testing)
+        said.append(
+            f"{_photographs_of_defects(testing)} to test with: if all are found, up to {most:.1%} "
+            f"of the defects may pass nevertheless (95% bound)."
+        )
+    return " ".join(said)
+
+
+def _photographs_of_defects(count: int) -> str:
+    return f"{count or 'No'} photograph{'' if count == 1 else 's'} of defects"
 
 
 def load(folder: DataFolder, wanted: ImageFormat) -> Split:
@@ -208,6 +239,5 @@ def _require_readable(one: Decoded) -> None:
         )
     if one.skipped:
         log.warning("%s: %d of %d skipped", where, len(one.skipped), total)
-    for name, count in one.counts.items():
-        if not count:
-            raise PipelineError(f"{one.folder.path / one.side / name} holds no readable image")
+    if not one.counts[NEGATIVE]:
+        raise PipelineError(f"{one}: no image of {NEGATIVE} can be read")

@@ -1,5 +1,6 @@
 """Figures that measure a model. Everywhere, 1 and "positive" mean a defect."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -171,7 +172,7 @@ class Scores:
         defects_missed: defects with the verdict ok.
         ok_rejected: good parts with the verdict defect.
         ok_passed: good parts with the verdict ok.
-        roc_auc: area under the ROC curve, in [0, 1].
+        roc_auc: area under the ROC curve, in [0, 1]; NaN if a class is missing.
         calibration_error: as `calibration_error` returns it.
     """
 
@@ -194,13 +195,13 @@ class Scores:
 
     @property
     def recall_def_front(self) -> float:
-        """Share of the defects that are found, in [0, 1]."""
-        return self.defects_found / (self.defects_found + self.defects_missed)
+        """Share of the defects that are found, in [0, 1]; NaN if there is none."""
+        return _share(self.defects_found, self.defects_missed)
 
     @property
     def recall_ok_front(self) -> float:
-        """Share of the good parts that pass, in [0, 1]."""
-        return self.ok_passed / (self.ok_passed + self.ok_rejected)
+        """Share of the good parts that pass, in [0, 1]; NaN if there is none."""
+        return _share(self.ok_passed, self.ok_rejected)
 
     @property
     def balanced_accuracy(self) -> float:
@@ -334,8 +335,12 @@ def is_right(labels: np.ndarray, probabilities: np.ndarray, threshold: float) ->
     return is_defect(probabilities, threshold) == (labels == 1)
 
 
+def _share(count: int, others: int) -> float:
+    return count / (count + others) if count + others else math.nan
+
+
 def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Scores:
-    """Score probabilities (n,) against labels (n,), 1 = defect, of both classes."""
+    """Score probabilities (n,) against labels (n,), 1 = defect."""
     from sklearn.metrics import roc_auc_score  # takes 1 s
 
     defect, found = labels == 1, is_defect(probabilities, threshold)
@@ -344,7 +349,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Sc
         defects_missed=int((defect & ~found).sum()),
         ok_rejected=int((~defect & found).sum()),
         ok_passed=int((~defect & ~found).sum()),
-        roc_auc=float(roc_auc_score(labels, probabilities)),
+        roc_auc=float(roc_auc_score(labels, probabilities)) if len(set(labels)) == 2 else math.nan,
         calibration_error=calibration_error(labels, probabilities),
     )
 

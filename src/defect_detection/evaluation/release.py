@@ -40,7 +40,9 @@ def judge(evaluation: Evaluation, decisions: Decisions) -> Release:
     """Judge a version by photograph, since images of one photograph are not independent."""
     rates = evaluation.photograph_error_rates
     reasons = []
-    if decisions.refuse_chance and _by_chance(evaluation.photograph_scores):
+    if decisions.refuse_chance and not rates.escapes.of:
+        reasons.append("there is no defect among the test images, so nothing is known of escapes")
+    elif decisions.refuse_chance and _by_chance(evaluation.photograph_scores):
         balanced = evaluation.photograph_scores.balanced_accuracy
         reasons.append(f"a balanced accuracy of {balanced:.2f} by photograph may be chance")
     if decisions.refuse_escapes and _beyond(rates.escapes, decisions.max_escape_rate):

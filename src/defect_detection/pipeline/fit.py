@@ -38,6 +38,7 @@ class FitPlan:
         decisions: what the threshold and the review band are chosen for.
         quantize: how the weights of the served model are stored, one of `settings.QUANTIZE`.
         device: "auto", "cpu" or "gpu".
+        good_only: whether the model learns from good parts alone.
         layers: describes the network of a new model, for the record.
     """
 
@@ -48,6 +49,7 @@ class FitPlan:
     decisions: Decisions
     quantize: str
     device: str
+    good_only: bool = False
     layers: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -84,7 +86,14 @@ def fit(
         PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
             and the plan demands one, or the pretrained weights or disk space are lacking.
     """
-    from defect_detection.training import calibration, devices, features, fitting
+    from defect_detection.training import (
+        calibration,
+        devices,
+        features,
+        fitting,
+        good_only,
+        network,
+    )
 
     _require_photographs(plan, data.labels, data.photographs)
     with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
@@ -92,15 +101,16 @@ def fit(
         fitting.make_deterministic(plan.parameters.seed)
         model = plan.make_model()
         computed = features.compute(model, data, plan.sampling)
-        result = fitting.fit(model, computed, plan.parameters, on_epoch)
-    held_out, decisions = result.held_out, plan.decisions
-    point = calibration.choose_operating_point(
-        held_out.labels,
-        held_out.probabilities,
-        decisions.max_escape_rate,
-        decisions.review_share,
-    )
-    return Fit(plan, result, point)
+        if network.is_good_only(model):
+            most = plan.decisions.max_overkill_rate
+            result = good_only.fit(model, computed, plan.parameters, most, on_epoch)
+        else:
+            result = fitting.fit(model, computed, plan.parameters, on_epoch)
+    found, share = result.held_out.probabilities, plan.decisions.review_share
+    if result.good_only:
+        return Fit(plan, result, calibration.around(ACCURACY_THRESHOLD, found, share))
+    labels, most = result.held_out.labels, plan.decisions.max_escape_rate
+    return Fit(plan, result, calibration.choose_operating_point(labels, found, most, share))
 
 
 def to_served(fitted: Fit, data: Dataset) -> ServedModel:
@@ -121,7 +131,7 @@ def to_served(fitted: Fit, data: Dataset) -> ServedModel:
 
 def _full_evidence(classifier: Classifier, data: Dataset) -> float:
     """Return the strongest evidence in the map of an ordinary defect."""
-    defects = np.flatnonzero(data.labels == 1)
+    defects = np.flatnonzero(data.labels == data.labels.max())  # good parts if there are no others
     some = defects[np.linspace(0, len(defects) - 1, min(len(defects), EVIDENCE_OF)).astype(int)]
     _, maps = classifier.examine(data.images[some])
     return float(np.median(maps.max((1, 2))))
@@ -201,4 +211,7 @@ def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: in
 def _require_photographs(plan: FitPlan, labels: np.ndarray, photographs: np.ndarray) -> None:
     """Raise PipelineError if there are too few photographs, before minutes of computing."""
     share, seed = plan.parameters.validation_share, plan.parameters.seed
+    if plan.good_only:
+        holdout.parts(photographs[labels == 0], share, seed)
+        return
     holdout.validation_folds(labels, photographs, share, seed)

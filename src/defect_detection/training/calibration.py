@@ -122,6 +122,11 @@ def choose_operating_point(
             to the threshold in log-odds.
     """
     threshold = choose_threshold(labels, probabilities, max_escape_rate)
+    return around(threshold, probabilities, review_share)
+
+
+def around(threshold: float, probabilities: np.ndarray, review_share: float) -> OperatingPoint:
+    """Choose the review band around a threshold; arguments as for `choose_operating_point`."""
     distances = np.abs(_log_odds(probabilities) - _log_odds(threshold))
     first_outside = np.sort(distances)[int(review_share * len(distances))]
     inside = probabilities[distances < first_outside]

@@ -76,11 +76,14 @@ class Features:
         """
         return np.memmap(self.path, np.float16, "r", shape=self.shape)[self.rows[numbers]]
 
+    def choose(self, numbers: np.ndarray) -> "Features":
+        """Return some rows only."""
+        names = [field.name for field in fields(self) if field.name not in ("path", "shape")]
+        return replace(self, **{name: getattr(self, name)[numbers] for name in names})
+
     def among(self, images: np.ndarray) -> "Features":
         """Return the features of some images only."""
-        kept = np.isin(self.images, images)
-        names = [field.name for field in fields(self) if field.name not in ("path", "shape")]
-        return replace(self, **{name: getattr(self, name)[kept] for name in names})
+        return self.choose(np.flatnonzero(np.isin(self.images, images)))
 
 
 def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
@@ -98,7 +101,8 @@ def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
     Raises:
         PipelineError: the cache cannot be written, or the disk is too small for the features.
     """
-    planned = _plan(data.labels, data.photographs, sampling.variants, sampling.seed)
+    shares = (GOOD, DEFECTIVE) if not network.is_good_only(model) else (GOOD + DEFECTIVE / 2, 0.0)
+    planned = _plan(data, sampling, shares)
     layers = network.frozen(model) if network.has_features(model) else None
     height, width, channels = model.input_shape[1:] if layers is None else layers.output_shape[1:]
     shape = (len(planned.images), height, width, channels)
@@ -162,10 +166,12 @@ class _Plan:
     blemished: np.ndarray
 
 
-def _plan(labels: np.ndarray, photographs: np.ndarray, variants: int, seed: int) -> _Plan:
-    rng = np.random.default_rng(seed)
-    good, defective = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
-    counts = [round(variants * GOOD), round(variants * DEFECTIVE)]
+def _plan(data: Dataset, sampling: Sampling, shares: tuple[float, float]) -> _Plan:
+    """Plan which images are varied; `shares` are those of good and of defective parts."""
+    rng = np.random.default_rng(sampling.seed)
+    photographs, variants = data.photographs, sampling.variants
+    good, defective = np.flatnonzero(data.labels == 0), np.flatnonzero(data.labels == 1)
+    counts = [round(variants * share) for share in shares]
     parts = [
         *(_evenly(rows, photographs, MOST_PLAIN, rng)[0] for rows in (good, defective)),
         _evenly(good, photographs, counts[0], rng)[1],
@@ -187,13 +193,15 @@ def _evenly(
         Up to `count` different images; and `count` images, repeated where a photograph has too
         few, in random order, since the place in a batch decides what fills rotated corners.
     """
+    if not len(rows):
+        return rows, rows
     rows = rng.permutation(rows)
     of = list(_by_photograph(rows, photographs))
     of = [of[number] for number in rng.permutation(len(of))]
     turns = range(max(len(rows) for rows in of))
     once = [rows[turn] for turn in turns for rows in of if turn < len(rows)]
     again = [of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(count)]
-    return np.array(once[:count]), rng.permutation(again)
+    return np.array(once[:count], int), rng.permutation(np.array(again, int))
 
 
 def _by_photograph(rows: np.ndarray, photographs: np.ndarray) -> Iterator[np.ndarray]:

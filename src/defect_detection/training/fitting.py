@@ -57,6 +57,8 @@ class TrainingResult:
         held_out: the fits' probabilities for photographs that they did not see.
         fits: number of fits.
         seconds: wall time of the fit.
+        good_only: whether it learned from good parts alone, so that the threshold is where the
+            probability is 0.5.
     """
 
     model: keras.Model
@@ -66,6 +68,7 @@ class TrainingResult:
     held_out: HeldOut
     fits: int
     seconds: float
+    good_only: bool = False
 
     @property
     def best(self) -> dict[str, float]:
@@ -201,7 +204,7 @@ def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarra
         np.stack([labels, photographs]), axis=1, return_inverse=True, return_counts=True
     )
     each = 1 / images[of.reshape(-1)]
-    for label in (0, 1):
+    for label in np.unique(labels):
         each[labels == label] /= 2 * each[labels == label].sum()
     return each
 

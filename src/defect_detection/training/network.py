@@ -1,6 +1,7 @@
 """The CNN, built from its hyper-parameters, and its export to LiteRT."""
 
 import tempfile
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from defect_detection.training.calibration import Calibration  # noqa: E402
 FEATURES = "features"  # name of the last frozen layer
 STANDARDISED = "standardised"
 OVERALL = "overall"  # log-odds from the image as a whole
+# Layers of the head "good": places in whitened coordinates, those that are kept, both measures.
+WHITENED, MEMORY, NICKS, UNLIKE = "whitened", "memory", "nicks", "unlike"
+DISTANCE = "distance"
+COMPONENTS, KEPT = 128, 1024  # of the whitened places, and how many places are kept
 
 # Images with a shorter side of fewer pixels are enlarged in the model.
 SHORTER_SIDE = 256
@@ -48,7 +53,9 @@ def build(shape: tuple[int, int, int], hyper: HyperParameters) -> keras.Model:
     combination of the features there. With the head "map", the probability is a sigmoid of its
     power mean: there is no evidence against a defect, and a part without evidence is good, even if
     it looks unlike those in training. With the head "wide", the log-odds also have a linear
-    combination of the features' mean, maximum and deviation over the image.
+    combination of the features' mean, maximum and deviation over the image. With the head "good"
+    they are the larger of two measures: the power mean, and the largest distance of a place from
+    the places of good parts that are kept.
 
     Args:
         shape: height, width and channels of an image: 1 for grey, 3 for colour.
@@ -66,7 +73,7 @@ def build(shape: tuple[int, int, int], hyper: HyperParameters) -> keras.Model:
         features = layers.Average(name=FEATURES)([features, turned])
     else:
         features = layers.Identity(name=FEATURES)(features)
-    model = keras.Model(inputs, _judge(features, hyper.head == "wide"), name="defect_cnn")
+    model = keras.Model(inputs, _judge(features, hyper.head), name="defect_cnn")
     _load_weights(model)
     return model
 
@@ -93,11 +100,21 @@ def is_wide(model: keras.Model) -> bool:
     return any(layer.name == OVERALL for layer in model.layers)
 
 
+def is_good_only(model: keras.Model) -> bool:
+    """Return whether a model was made for good parts alone."""
+    return any(layer.name == MEMORY for layer in model.layers)
+
+
+def with_map(model: keras.Model) -> keras.Model:
+    """Return a new model with the same frozen layers and the head "map"."""
+    return keras.Model(model.input, _judge(model.get_layer(FEATURES).output, "map"))
+
+
 def maps(model: keras.Model, count: int) -> keras.Model:
     """Return `count` copies of the map of a model side by side, features in, (n, count) out."""
     inputs = keras.Input(model.get_layer(FEATURES).output.shape[1:])
     outputs = layers.EinsumDense("nk,k->nk", count, bias_axes="k", name=PROBABILITY, **_LOG_ODDS)
-    made = keras.Model(inputs, outputs(_map(inputs, count)))
+    made = keras.Model(inputs, outputs(_power_mean(_map(_standardised(inputs), count))))
     for name in (STANDARDISED, MAP):
         weights = model.get_layer(name).get_weights()
         repeat = 1 if name == STANDARDISED else count
@@ -202,11 +219,16 @@ def _block(x: keras.KerasTensor, number: int) -> keras.KerasTensor:
     return x
 
 
-def _map(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
-    """Append `count` maps of the evidence of a defect; return the power mean of each."""
+def _standardised(x: keras.KerasTensor) -> keras.KerasTensor:
     # Not by batch statistics: the fit must see what serving sees.
-    x = layers.BatchNormalization(center=False, scale=False, trainable=False, name=STANDARDISED)(x)
-    x = layers.Conv2D(
+    return layers.BatchNormalization(center=False, scale=False, trainable=False, name=STANDARDISED)(
+        x
+    )
+
+
+def _map(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
+    """Append `count` maps of the evidence of a defect, 0 or more."""
+    return layers.Conv2D(
         count,
         1,
         activation="softplus",
@@ -214,6 +236,10 @@ def _map(x: keras.KerasTensor, count: int) -> keras.KerasTensor:
         bias_initializer=keras.initializers.Constant(-1.0),  # little evidence at the start
         name=MAP,
     )(x)
+
+
+def _power_mean(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Return the power mean of each map."""
     # In float32 softplus can be 0, where a root has no gradient.
     powers = layers.GlobalAveragePooling2D()(ops.power(x + 1e-3, POWER))
     return ops.power(powers, 1 / POWER)
@@ -226,13 +252,33 @@ def _pool(x: keras.KerasTensor) -> keras.KerasTensor:
     return ops.concatenate([mean, ops.max(x, (1, 2)), ops.sqrt(variance + 1e-6)], -1)
 
 
-def _judge(features: keras.KerasTensor, wide: bool) -> keras.KerasTensor:
-    """Append a head: the map alone, or the map and what is seen in the image as a whole."""
-    evidence = _map(features, 1)
-    if wide:
+def _judge(features: keras.KerasTensor, head: str) -> keras.KerasTensor:
+    """Append a head, one of `settings.Head`."""
+    standardised = _standardised(features)
+    found = _map(standardised, 1)
+    evidence = _power_mean(found)
+    if head == "wide":
         overall = layers.Dense(1, kernel_initializer="zeros", name=OVERALL)(_pool(features))
         evidence = layers.Concatenate()([evidence, overall])
+    elif head == "good":
+        distance = _distance(standardised)
+        nicks = layers.Dense(1, trainable=False, name=NICKS)(evidence)
+        unlike = layers.Dense(1, trainable=False, name=UNLIKE)(ops.max(distance, (1, 2)))
+        evidence = layers.Maximum()([nicks, unlike])
     return layers.Dense(1, name=PROBABILITY, **_LOG_ODDS)(evidence)
+
+
+def _distance(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Append the distance of each place from the nearest place of good parts that is kept."""
+    whitened = _fixed(COMPONENTS, WHITENED)(x)
+    # |a - b|^2 = |a|^2 + (|b|^2 - 2 a b)
+    nearest = ops.min(_fixed(KEPT, MEMORY)(whitened), -1, keepdims=True)
+    squares = ops.sum(ops.square(whitened), -1, keepdims=True)
+    return layers.Identity(name=DISTANCE)(ops.sqrt(ops.maximum(nearest + squares, 0.0)))
+
+
+def _fixed(count: int, name: str) -> keras.Layer:
+    return layers.Conv2D(count, 1, kernel_initializer="zeros", trainable=False, name=name)
 
 
 def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
@@ -248,7 +294,7 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
             convolutions also compute in it, with the range that each image's values have: with
             ranges that are fixed beforehand LiteRT 2.3 ends with a segmentation fault.
     """
-    both = keras.Model(model.inputs, [model.output, model.get_layer(MAP).output])
+    both = keras.Model(model.inputs, [model.output, _evidence(model)])
 
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
         return dict(zip((PROBABILITY, MAP), both(images, training=False), strict=True))
@@ -265,6 +311,21 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
         if quantize == "float16":
             converter.target_spec.supported_types = [tf.float16]
         return converter.convert()
+
+
+def _evidence(model: keras.Model) -> keras.KerasTensor:
+    """Return the map that is shown: of the head "good", the larger of its two measures."""
+    found = model.get_layer(MAP).output
+    if not is_good_only(model):
+        return found
+    scales = [model.get_layer(name).get_weights() for name in (NICKS, UNLIKE)]
+    maps = [found, model.get_layer(DISTANCE).output]
+    return ops.maximum(
+        *(
+            ops.relu(float(kernel[0, 0]) * one + float(bias[0]))
+            for (kernel, bias), one in zip(scales, maps, strict=True)
+        )
+    )
 
 
 def calibrate(model: keras.Model, calibration: Calibration) -> None:
@@ -291,3 +352,63 @@ def add_overall(
     last = model.get_layer(PROBABILITY)
     (of_map, _), last_bias = last.get_weights()
     last.set_weights([np.stack([of_map, [calibration.overall]]), last_bias])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What places of good parts look like.
+
+    Attributes:
+        whitening: (channels, COMPONENTS), of standardised features.
+        shift: (COMPONENTS,), added to them.
+        places: (KEPT, COMPONENTS), those that are kept.
+    """
+
+    whitening: np.ndarray
+    shift: np.ndarray
+    places: np.ndarray
+
+    def distances(self, standardised: np.ndarray) -> np.ndarray:
+        """Return the distance of each place from the nearest that is kept.
+
+        Args:
+            standardised: features (n, height, width, channels).
+
+        Returns:
+            float32 (n, height, width).
+        """
+        squares = (self.places**2).sum(1)
+        found = []
+        for one in standardised:
+            places = one @ self.whitening + self.shift
+            nearest = (squares - 2 * places @ self.places.T).min(-1)
+            found.append(np.sqrt(np.maximum(nearest + (places**2).sum(-1), 0)))
+        return np.stack(found)
+
+
+def put_good(
+    model: keras.Model,
+    nicks: keras.Model,
+    memory: Memory,
+    measures: tuple[tuple[float, float], tuple[float, float]],
+    limit: float,
+) -> None:
+    """Set the weights of the head "good".
+
+    Args:
+        model: has the head.
+        nicks: a model with the head "map", which finds drawn blemishes.
+        memory: of good places.
+        measures: scale and shift of the log-odds of `nicks`, and of the largest distance.
+        limit: the measure at which the probability is 0.5.
+    """
+    for name in (STANDARDISED, MAP):
+        model.get_layer(name).set_weights(nicks.get_layer(name).get_weights())
+    model.get_layer(WHITENED).set_weights([memory.whitening[np.newaxis, np.newaxis], memory.shift])
+    kernel = -2 * memory.places.T[np.newaxis, np.newaxis]
+    model.get_layer(MEMORY).set_weights([kernel, (memory.places**2).sum(1)])
+    (of_nicks, nicks_shift), (of_distance, distance_shift) = measures
+    kernel, bias = nicks.get_layer(PROBABILITY).get_weights()
+    model.get_layer(NICKS).set_weights([of_nicks * kernel, of_nicks * bias + nicks_shift])
+    model.get_layer(UNLIKE).set_weights([np.array([[of_distance]]), np.array([distance_shift])])
+    model.get_layer(PROBABILITY).set_weights([np.array([[1.0]]), np.array([-limit])])
