@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from conftest import draw_folders
-from defect_detection import PipelineError
 from defect_detection.atomic import write_mapping
 from defect_detection.dataset import audit, split
 from defect_detection.dataset.folder import DataFolder
@@ -143,19 +142,31 @@ def test_groups_of_the_users_own_are_used_as_they_are(data, cache):
     found = inspect(data, cache)
     assert (found.groups_file, len(found.photographs), len(found.two_labels)) == (True, 6, 6)
     assert found.leaked["ok_front"] == [f"test/ok_front/{n}.jpeg" for n in range(3)]
-    assert "photographs   6, as groups.csv says; at most 4 images of one" in audit.text(found)
+    assert (
+        "photographs   6, as groups.csv says for those it names; at most 4 images of one"
+        in audit.text(found)
+    )
     loaded = split.load(DataFolder(data, cache), TAKES)
     training = loaded.training
     number = [Path(path).stem for path in training.paths]
     assert len(set(zip(number, training.photographs.tolist(), strict=True))) == 6
 
 
-def test_picture_that_groups_lacks_is_named(data, cache):
-    write_mapping(data / "groups.csv", "path", "photo", {"train/def_front/0.jpeg": 1})
-    with pytest.raises(
-        PipelineError, match=r"photograph of train/def_front/1.jpeg \(and of 16 more"
-    ):
-        split.load(DataFolder(data, cache), TAKES)
+def test_groups_may_name_some_pictures_only(data, cache):
+    """The others are found by comparing, and follow those that they are found with."""
+    for number in (2, 3):
+        source = data / f"train/def_front/{number}.jpeg"
+        shutil.copy(source, data / f"test/def_front/copy{number}.jpeg")
+    named = {"train/def_front/0.jpeg": "a", "train/def_front/1.jpeg": "a"}
+    named["train/def_front/2.jpeg"] = "b"
+    write_mapping(data / "groups.csv", "path", "photo", named)
+    loaded = split.load(DataFolder(data, cache), TAKES)
+    of = dict(zip(loaded.training.paths, loaded.training.photographs.tolist(), strict=True))
+    of |= dict(zip(loaded.testing.paths, loaded.testing.photographs.tolist(), strict=True))
+    assert of["train/def_front/0.jpeg"] == of["train/def_front/1.jpeg"]
+    assert of["train/def_front/2.jpeg"] == of["test/def_front/copy2.jpeg"]
+    assert of["train/def_front/3.jpeg"] == of["test/def_front/copy3.jpeg"]
+    assert len(set(of.values())) == len(of) - 3
 
 
 def test_found_groups_can_be_given_back(data, cache):
@@ -238,7 +249,7 @@ def test_share_that_is_none_is_refused(project, data, share):
 def test_missing_folders_are_one_line(project, tmp_path):
     (tmp_path / "nothing").mkdir()
     last = project.fail(SCRIPT, "--data", tmp_path / "nothing")
-    assert "holds no folder of def_front" in last
+    assert "holds no folder of ok_front" in last
 
 
 def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, tmp_path):

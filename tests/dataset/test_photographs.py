@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+import kinds
 import sample
 from conftest import draw_part
 from defect_detection import PipelineError
@@ -50,6 +51,21 @@ def test_variants_of_a_drawing_are_one_photograph_and_drawings_of_a_design_are_n
     for name, group in find(pictures).items():
         groups[group].add(name.split("-")[0])
     assert sorted(map(sorted, groups.values())) == [[str(number)] for number in range(8)]
+
+
+@pytest.mark.parametrize("kind", ["panel", "cap"])
+def test_parts_that_are_alike_by_design_and_lie_alike_are_different_photographs(kind, find):
+    """Lines, screws and print are the same; the surface and the noise are not."""
+    pictures = {}
+    for number in range(24):
+        drawn = kinds.KINDS[kind](np.random.default_rng([7, number]), False)
+        pictures[str(number)] = (
+            drawn if drawn.ndim == 2 else cv2.cvtColor(drawn, cv2.COLOR_RGB2GRAY)
+        )
+    pictures["copy"] = np.clip(pictures["0"] * 1.05, 0, 255).astype(np.uint8)
+    groups = find(pictures)
+    assert groups.pop("copy") == groups["0"]
+    assert len(set(groups.values())) == 24
 
 
 @pytest.mark.parametrize(
@@ -162,7 +178,7 @@ def test_what_was_found_through_a_picture_stays_when_it_is_gone(find, monkeypatc
 
     def compare(*pair: alignment.Keypoints) -> alignment.Likeness:
         shapes = {one.pixels.shape for one in pair}
-        return alignment.Likeness(1, 1, 0) if len(shapes) == 2 else alignment.Likeness()
+        return alignment.Likeness(1, 1, 1, 0) if len(shapes) == 2 else alignment.Likeness()
 
     monkeypatch.setattr(photograph_cache, "compare", compare)
     assert len(set(find(known | {"wide": wide}).values())) == 1
@@ -208,7 +224,7 @@ def test_damaged_cache_is_one_line(tmp_path, find, three):
     find(three[0])
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(b"no database at all" * 100)
-    with pytest.raises(PipelineError, match=r"photographs-1.sqlite: cannot be used .*Delete it"):
+    with pytest.raises(PipelineError, match=r"photographs-2.sqlite: cannot be used .*Delete it"):
         find(three[0])
 
 

@@ -113,7 +113,7 @@ def test_class_of_which_nothing_can_be_read_is_refused(tmp_path):
         path.unlink()
     for path in (data / "train" / "ok_front").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(PipelineError, match=r"ok_front holds no readable image"):
+    with pytest.raises(PipelineError, match=r"train: no image of ok_front can be read"):
         split.load(DataFolder(data, tmp_path / "cache"), TAKES)
 
 

@@ -24,6 +24,8 @@ ALIGNMENTS = 3  # tried for a pair: a symmetrical part fits in several ways
 LEAST_OVERLAP = 0.6  # of the smaller one's area
 LEAST_KEYPOINTS = 0.2
 LEAST_DETAIL = 0.82
+LEAST_GRAIN = 0.4  # of two photographs of one design 0.1 or less, of copies 0.55 or more
+LEAST_GRAINY = 100  # pixels without edges
 # The more keypoints agree, the larger a spot may be: pixels for the share 1.
 LARGEST_SPOT = 15
 WHITE = 252  # grey levels from which an image is overexposed
@@ -53,11 +55,13 @@ class Likeness:
     Attributes:
         keypoints: share of the keypoints in the overlap that lie on one of the other image.
         detail: correlation of the fine detail, strong edges clipped, at most 1.
+        grain: correlation of the fine detail without edges, which all parts of a design share.
         spot: pixels of the largest spot that only one of them shows.
     """
 
     keypoints: float = 0
     detail: float = 0
+    grain: float = 0
     spot: float = np.inf
 
     @property
@@ -66,6 +70,7 @@ class Likeness:
         return (
             self.keypoints >= LEAST_KEYPOINTS
             and self.detail >= LEAST_DETAIL
+            and self.grain >= LEAST_GRAIN
             and self.spot <= LARGEST_SPOT * self.keypoints
         )
 
@@ -219,11 +224,14 @@ def _likeness(a: np.ndarray, b: np.ndarray, transform: np.ndarray, keypoints: fl
     detail = _detail(a_on_b, b, overlap)
     if detail < LEAST_DETAIL:
         return Likeness(keypoints, detail)
+    grain = _grain(a_on_b, b, overlap)
+    if grain < LEAST_GRAIN:
+        return Likeness(keypoints, detail, grain)
     # The corners of a rotated image are filled; only its centre is always real.
     centres = _centre(b.shape) & (_warped(_centre(a.shape).view(np.uint8), back, b.shape) > 0)
     if centres.sum() < 0.5 * _centre(b.shape).sum():
-        return Likeness(keypoints, detail)
-    return Likeness(keypoints, detail, _largest_spot(a_on_b, b, overlap & centres))
+        return Likeness(keypoints, detail, grain)
+    return Likeness(keypoints, detail, grain, _largest_spot(a_on_b, b, overlap & centres))
 
 
 def _detail(a: np.ndarray, b: np.ndarray, overlap: np.ndarray) -> float:
@@ -234,7 +242,7 @@ def _detail(a: np.ndarray, b: np.ndarray, overlap: np.ndarray) -> float:
     """
     clipped = []
     for pixels in (a, b):
-        band = cv2.GaussianBlur(_fine(pixels, 2.5), (0, 0), 0.5)
+        band = _band(pixels)
         limit = max(2, np.quantile(np.abs(band[overlap][::4]), 0.6))  # 2 grey levels: noise
         clipped.append(np.where(overlap, np.clip(band / limit, -1, 1), 0))
     a, b = clipped
@@ -248,11 +256,29 @@ def _detail(a: np.ndarray, b: np.ndarray, overlap: np.ndarray) -> float:
     return float(ab[kept].sum() / np.sqrt(aa[kept].sum() * bb[kept].sum() + 1e-12))
 
 
+def _grain(a: np.ndarray, b: np.ndarray, overlap: np.ndarray) -> float:
+    """Return the correlation of the fine detail of two aligned images away from edges.
+
+    Parts that lie in the same place share all of a design: lines, holes, print. What is left is
+    the surface of this part and the noise of this shot.
+    """
+    bands = [_band(pixels) for pixels in (a, b)]
+    limits = [1.5 * np.quantile(np.abs(band[overlap]), 0.6) for band in bands]
+    edges = np.any([np.abs(band) > limit for band, limit in zip(bands, limits, strict=True)], 0)
+    where = _exposed(a, b, overlap) & (cv2.dilate(edges.astype(np.uint8), np.ones((3, 3))) == 0)
+    if where.sum() < LEAST_GRAINY:
+        return 1.0  # overexposed nearly everywhere: the other measures decide
+    a, b = (band[where] - band[where].mean() for band in bands)
+    return _correlation(a, b)
+
+
+def _band(pixels: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(_fine(pixels, 2.5), (0, 0), 0.5)
+
+
 def _largest_spot(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
     """Measure the largest spot, in pixels, that only one of two aligned images shows."""
-    # Overexposed places show nothing.
-    white = (np.maximum(a, b) >= WHITE).astype(np.uint8)
-    where = where & (cv2.dilate(white, np.ones((5, 5))) == 0)
+    where = _exposed(a, b, where)
     if not where.any():
         return np.inf
     a, b = (cv2.GaussianBlur(_fine(pixels, 4), (0, 0), 0.7) for pixels in (a, b))
@@ -263,6 +289,12 @@ def _largest_spot(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
     spots = cv2.morphologyEx(differ.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2)))
     areas = cv2.connectedComponentsWithStats(spots)[2][1:, cv2.CC_STAT_AREA]
     return float(areas.max(initial=0))
+
+
+def _exposed(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Leave out overexposed places, which show nothing."""
+    white = (np.maximum(a, b) >= WHITE).astype(np.uint8)
+    return where & (cv2.dilate(white, np.ones((5, 5))) == 0)
 
 
 def _fine(pixels: np.ndarray, sigma: float) -> np.ndarray:

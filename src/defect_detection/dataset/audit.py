@@ -127,7 +127,11 @@ def text(audit: Audit) -> str:
         lines.append(f"  {split:12}" + "".join(f"{counts[name]:12}" for name in CLASSES))
     if audit.split_file:
         lines.append(f"  as {SPLIT_FILE} says; delete it to use the folders")
-    how = f"as {GROUPS_FILE} says" if audit.groups_file else "found by comparing the images"
+    how = (
+        f"as {GROUPS_FILE} says for those it names"
+        if audit.groups_file
+        else "found by comparing the images"
+    )
     largest = max(map(len, audit.photographs), default=0)
     most = f"; at most {largest} images of one" if largest > 1 else ""
     lines.append(f"photographs   {len(audit.photographs)}, {how}{most}")

@@ -1,7 +1,7 @@
 """The training and the test images of a data folder, and what they share."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def load(folder: DataFolder, wanted: ImageFormat) -> Split:
 
     Raises:
         PipelineError: a class folder is missing or holds no readable image, more than 5 % of the
-            images are unreadable, or `split.csv` or `groups.csv` lacks an image.
+            images are unreadable, or `split.csv` lacks an image.
     """
     if folder.flat and not folder.split_file.exists():
         written = resplit(folder, TEST_SHARE, SPLIT_SEED, wanted)
@@ -158,9 +158,6 @@ def read(folder: DataFolder, files: dict[str, list[Path]], wanted: ImageFormat) 
 
     Returns:
         A data set for each side, in the order of `files`.
-
-    Raises:
-        PipelineError: `groups.csv` lacks an image.
     """
     every = [decoded.decode(folder, paths, side, wanted) for side, paths in files.items()]
     return _with_photographs(folder, every)
@@ -198,30 +195,39 @@ def resplit(folder: DataFolder, share: float, seed: int, wanted: ImageFormat) ->
 
 
 def _photographs(folder: DataFolder, sides: Sequence[Decoded]) -> list[np.ndarray]:
-    """Number the photographs: those of `groups.csv` if it exists, else those that are found."""
+    """Number the photographs: as `groups.csv` says, and for images that it lacks as found.
+
+    An image that `groups.csv` lacks belongs to the photograph of those that it is found with.
+    """
+    named: dict[str, str] = {}
     if folder.groups_file.exists():
-        given = read_mapping(folder.groups_file, "path", "photo")
-        lacking = [path for side in sides for path in side.paths if path not in given]
-        if lacking:
-            raise PipelineError(
-                f"{folder.groups_file} does not name the photograph of {lacking[0]} (and of "
-                f"{len(lacking) - 1} more). Add a line for each, or delete the file"
-            )
-        numbers = _numbered(given.values())
-        return [np.array([numbers[given[path]] for path in side.paths], int) for side in sides]
+        named = read_mapping(folder.groups_file, "path", "photo")
+    paths = [path for side in sides for path in side.paths]
+    found: dict[str, int] = {}
+    if any(path not in named for path in paths):
+        found = _find_photographs(folder, sides)
+    given = {found[path]: named[path] for path in reversed(paths) if path in named and found}
+    names: dict[object, int] = {}
+
+    def number(path: str) -> int:
+        name = named.get(path) or given.get(found[path]) or found[path]
+        return names.setdefault(name, len(names))
+
+    return [np.array([number(path) for path in side.paths], int) for side in sides]
+
+
+def _find_photographs(folder: DataFolder, sides: Sequence[Decoded]) -> dict[str, int]:
+    """Return the number of the photograph of each image, by path."""
     from defect_detection.dataset import photographs  # OpenCV and SciPy
 
-    files = {
-        content: folder.path / path
+    contents = {
+        path: content
         for side in sides
         for content, path in zip(side.contents, side.paths, strict=True)
     }
+    files = {content: folder.path / path for path, content in contents.items()}
     found = photographs.find(files, folder.cache)
-    return [np.array([found[content] for content in side.contents], int) for side in sides]
-
-
-def _numbered(names: Iterable[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return {path: found[content] for path, content in contents.items()}
 
 
 def _require_readable(one: Decoded) -> None:
