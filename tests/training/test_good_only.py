@@ -18,6 +18,16 @@ PARAMETERS = FitParameters(0.02, 0.01, 16, 6, 0.25, 3)
 OVERKILL = 0.1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_memory():
+    """Keep fewer places, so that a fit takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "KEPT", 64)
+        patch.setattr(network, "COMPONENTS", 16)
+        patch.setattr(good_only, "PLACES", 4000)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Dataset:
     """Forty good parts and eight with a defect, each of a photograph of its own."""
