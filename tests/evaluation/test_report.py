@@ -1,5 +1,6 @@
 """The report: what it says, what it needs, how it comes out in a browser."""
 
+import csv
 import json
 import re
 import shutil
@@ -76,7 +77,7 @@ def write(drawn, asked=0.02, **changes) -> str:
         [Disturbed("darker: 70% of the light", 0.75, Rate(3, 60), Rate(4, 60))],
         Repeatability(Rate(7, 120), Rate(5, 120)),
     )
-    origin = Origin("0123456789abcdef", "fedcba987654")
+    origin = changes.pop("origin", Origin("0123456789abcdef", "fedcba987654"))
     return report.html(drawn, replace(registration, **changes), robustness, asked, origin)
 
 
@@ -93,15 +94,22 @@ def text(page: str) -> str:
 
 def test_verdict_comes_first_and_says_what_became_of_the_model(drawn, page):
     words = text(page)
-    assert "in production Production_Reg version 4 has the alias prod" in words[:200]
+    rates = drawn.error_rates
+    headline = (
+        f"Released and in production: on the test images {rates.escapes.share:.1%} of the "
+        f"defective parts pass, {rates.overkill.share:.1%} of the good parts are rejected"
+    )
+    assert headline in words[:300]
+    assert "Production_Reg version 4 has the alias prod" in words[:400]
     assert "Registered &lt;so&gt;." in words  # escaped, like all that comes from outside
     assert "Against version 3, which had the alias prod, on the same images: a difference" in words
     words = text(write(drawn, in_production=False, champion=None, comparison=None))
-    assert "not in production Production_Reg version 4 does not have the alias prod" in words[:200]
+    assert "Released and not in production" in words[:200]
+    assert "Production_Reg version 4 does not have the alias prod" in words[:400]
     assert "There was no version in production to compare it with." in words
     assert "Champion and challenger" not in words
     words = text(write(drawn, comparison=None))
-    assert "Version 3, which had the alias prod, was not compared, since it cannot be run." in words
+    assert "Version 3, which had the alias prod, was not compared." in words
 
 
 def test_figures_are_those_of_the_evaluation_with_their_bounds(drawn, page):
@@ -129,7 +137,8 @@ def test_largest_escape_rate_is_judged_as_far_as_the_bounds_tell(drawn, asked, e
 
 def test_gallery_shows_the_worst_mistake_of_each_photograph(drawn, page):
     evaluated, testing = drawn, drawn.split.testing
-    shown = re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="([^"]+)">', page)
+    mistakes = page[: page.index('<section id="right">')]
+    shown = re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="([^"]+)">', mistakes)
     assert len(shown) % 2 == 0
     distance = np.abs(evaluated.probabilities - POINT.threshold)
     rejected = evaluated.probabilities >= POINT.threshold
@@ -194,8 +203,65 @@ def test_leakage_is_said_beside_the_figures_that_it_flatters(drawn):
         training = replace(split.training, photographs=photographs)
         return replace(drawn, split=replace(split, training=training))
 
-    assert "These figures are optimistic." in text(write(trained_on(split.testing.photographs[:3])))
-    assert "These figures are optimistic." not in text(write(trained_on(np.array([-1]))))
+    right = metrics.is_right(drawn.labels, drawn.probabilities, 0.5)
+    of = split.testing.photographs
+    better, worse = np.unique(of[right])[:5], np.unique(of[~right])[:20]
+    assert "These figures are optimistic." in text(write(trained_on(better)))
+    assert "optimistic" not in text(write(trained_on(np.array([-1]))))
+    assert "optimistic" not in text(write(trained_on(worse)))  # nor does it, if those are worse
+    assert "These figures may be optimistic." in text(write(trained_on(of)))  # none is unseen
+
+
+def test_what_is_not_released_is_said_first_with_what_to_try(drawn):
+    release = Release(("48 of 50 good parts are rejected",), ("more photographs of ok_front",))
+    page = write(drawn, release=release, in_production=False)
+    assert "Not released: 48 of 50 good parts are rejected." in text(page)[:300]
+    assert "What to try: more photographs of ok_front" in text(page)
+    assert '<span class="light bad"' in page
+
+
+def test_without_defects_escapes_are_said_to_be_unknown(drawn):
+    good = np.flatnonzero(drawn.labels == 0)
+    testing = drawn.split.testing
+    testing = replace(
+        testing,
+        images=testing.images[good],
+        labels=testing.labels[good],
+        photographs=testing.photographs[good],
+        paths=tuple(testing.paths[row] for row in good),
+    )
+    alone = replace(
+        drawn,
+        split=replace(drawn.split, testing=testing),
+        probabilities=drawn.probabilities[good],
+        maps=drawn.maps[good],
+    )
+    words = text(write(alone, comparison=None))
+    assert "Escapes are not known , since there is no defect among the test images." in words
+    assert "nan" not in words.lower().split()
+
+
+def test_examples_judged_rightly_are_shown_of_both_classes(drawn, page):
+    right = page[page.index('<section id="right">') :]
+    shown = re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="(test/[^"]+)">', right)
+    assert len(shown) == 2 * report.RIGHT_SHOWN
+    rejected = dict(zip(drawn.split.testing.paths, drawn.probabilities >= 0.3, strict=True))
+    assert all(rejected[path] == ("def_front" in path) for path in shown)
+
+
+def test_training_is_shown_with_its_curves_and_parameters(drawn):
+    curves = {name: [0.5, 0.4] for name in ("loss", "val_loss", "accuracy", "val_accuracy")}
+    origin = Origin("run", "commit", {"learning_rate": "0.01"}, curves)
+    words = text(write(drawn, origin=origin))
+    assert "How it was trained" in words and "learning_rate 0.01" in words
+    assert "best epoch" in words
+
+
+def test_table_has_a_row_for_every_image(drawn):
+    rows = list(csv.DictReader(report.table(drawn).splitlines()))
+    assert [row["path"] for row in rows] == list(drawn.split.testing.paths)
+    assert [row["class"] == "def_front" for row in rows] == (drawn.labels == 1).tolist()
+    assert [row["verdict"] == "defect" for row in rows] == (drawn.probabilities >= 0.3).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -228,14 +294,25 @@ def test_browser_shows_no_error_and_asks_no_other_host(browsed):
 def test_calculator_finds_the_cheapest_threshold(drawn, browsed):
     table = re.search(r'<tbody id="costs">(.*?)</tbody>', browsed[0], re.S).group(1)
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in table.split("</tr>")[:-1]]
-    assert [row[0] for row in rows] == ["cheapest here", "the model’s", "plain"]
+    assert [row[0] for row in rows] == [
+        "cheapest with the escapes asked for",
+        "the model’s",
+        "plain",
+        "ship all",
+        "a person looks at all",
+    ]
 
     def cost(threshold: float) -> float:
         point = OperatingPoint(threshold, threshold, threshold)
         errors = metrics.error_rates(drawn.labels, drawn.probabilities, point)
         return 20 * errors.escapes.share * 100 + 980 * errors.overkill.share * 5
 
-    cheapest = min(map(cost, [*drawn.probabilities.tolist(), 1.1]))
+    def escapes(threshold: float) -> float:
+        return (drawn.probabilities[drawn.labels == 1] < threshold).mean()
+
+    thresholds = [t for t in [*drawn.probabilities.tolist(), 1.1] if escapes(t) <= 0.02]
+    cheapest = min(map(cost, thresholds))
+    assert [float(row[4]) for row in rows[3:]] == [20 * 100, 1000]
     assert float(rows[0][4]) == pytest.approx(cheapest, abs=0.006)
     assert float(rows[1][4]) == pytest.approx(cost(POINT.threshold), abs=0.006)
     assert float(rows[2][4]) == pytest.approx(cost(0.5), abs=0.006)

@@ -1,10 +1,12 @@
 """The report of an evaluation, one HTML file."""
 
 import base64
+import csv
 import io
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -21,23 +23,31 @@ from defect_detection.evaluation.result import Evaluation
 from defect_detection.evaluation.robustness import REPEATS, Robustness
 from defect_detection.registry.versions import PRODUCTION_ALIAS
 from defect_detection.runtime import heatmap, preprocessing
-from defect_detection.runtime.decision import ACCURACY_THRESHOLD, CLASSES, is_defect
+from defect_detection.runtime.decision import (
+    ACCURACY_THRESHOLD,
+    CLASSES,
+    NEGATIVE,
+    POSITIVE,
+    is_defect,
+)
 
 FILE = "report.html"  # the artifact's name
 TEMPLATE = Path(__file__).with_name("report.html")
 MISTAKES_SHOWN = 12  # photographs of each kind
-MISTAKE_SIDE = 224  # pixels
+RIGHT_SHOWN = 4  # of each class
+SHOWN_SIDE = 224  # pixels
+TABLE = "images.csv"  # the artifact's name
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy", "pillow", "mlflow")
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A wrongly judged test image, the worst of its photograph.
+class Shown:
+    """A test image with the evidence that the model saw.
 
     Attributes:
         path: relative to the data folder.
         probability: of a defect.
-        others: how many more images of the photograph are wrong in the same way.
+        others: how many more images of the photograph are judged in the same way.
         review: whether it is in the review band.
         leaked: whether its photograph is in training.
         image: as a data URI.
@@ -55,10 +65,19 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an evaluation comes from: the id of its run and the project's commit."""
+    """Where an evaluation comes from.
+
+    Attributes:
+        run_id: of the evaluation.
+        commit: of the project.
+        parameters: of the training run, by name.
+        curves: its metrics per epoch, as `TrainingResult.history` has them; may be empty.
+    """
 
     run_id: str
     commit: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def html(
@@ -90,6 +109,11 @@ def html(
         plain=ACCURACY_THRESHOLD,
         accuracy=Rate(scores.defects_found + scores.ok_passed, scores.pictures),
         asked=max_escape_rate,
+        light=_light(registration),
+        headline=_headline(evaluation, registration),
+        optimistic=_optimistic(evaluation),
+        right=_right(evaluation),
+        parameters=origin.parameters,
         kept=_kept(evaluation.photograph_error_rates.escapes, max_escape_rate),
         leakage=split.leakage,
         leaked=int(split.leaked.sum()),
@@ -97,23 +121,58 @@ def html(
         disturbed=robustness.disturbed,
         repeatability=robustness.repeatability,
         repeats=REPEATS,
-        figures=_figures(evaluation),
+        figures=_figures(evaluation, origin),
         scores=_scores(evaluation),
         provenance=_provenance(split, origin),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def _figures(evaluation: Evaluation) -> dict[str, str]:
+def _light(registration: Registration) -> str:
+    """Return the colour of the light: "good", "warn" or "bad"."""
+    if not registration.release.released:
+        return "bad"
+    return "good" if registration.in_production else "warn"
+
+
+def _headline(evaluation: Evaluation, registration: Registration) -> str:
+    """Return what a manager has to know, in a sentence."""
+    rates = evaluation.error_rates
+    if not registration.release.released:
+        return "Not released: " + "; ".join(registration.release.reasons) + "."
+    passes = f"{rates.escapes.share:.1%} of the defective parts pass"
+    rejected = f"{rates.overkill.share:.1%} of the good parts are rejected"
+    state = "in production" if registration.in_production else "not in production"
+    return (
+        f"Released and {state}: on the test images {passes}, {rejected}, and a person looks at "
+        f"{rates.reviewed.share:.1%} of all parts."
+    )
+
+
+def _optimistic(evaluation: Evaluation) -> str:
+    """Return whether leakage makes the accuracy better than it is: "is", "may be" or ""."""
+    if evaluation.leaked_accuracy is None:
+        return ""
+    unseen = evaluation.unseen
+    if unseen.pictures and not unseen.too_few and evaluation.leaked_accuracy <= unseen.accuracy:
+        return ""
+    return "is" if unseen.pictures and evaluation.leaked_accuracy > unseen.accuracy else "may be"
+
+
+def _figures(evaluation: Evaluation, origin: Origin) -> dict[str, str]:
     labels, probabilities, point = evaluation.labels, evaluation.probabilities, evaluation.point
     drawn = {
         "confusion": figures.confusion_matrix(
             f"At the threshold {point.threshold:.3f}", evaluation.error_rates.matrix()
         ),
         "plain": figures.confusion_matrix(f"At {ACCURACY_THRESHOLD}", evaluation.scores.matrix()),
-        "curves": figures.roc_and_precision(labels, probabilities, point, evaluation.scores),
         "histogram": figures.histogram(labels, probabilities, point),
     }
+    if len(set(labels)) == 2:
+        drawn["curves"] = figures.roc_and_precision(labels, probabilities, point, evaluation.scores)
+    if origin.curves:
+        kept = int(np.argmin(origin.curves["val_loss"])) + 1
+        drawn["learning"] = figures.learning_curves("", dict(origin.curves), kept)
     return {name: figures.svg(figure) for name, figure in drawn.items()}
 
 
@@ -128,7 +187,7 @@ def _scores(evaluation: Evaluation) -> str:
     )
 
 
-def _mistakes(evaluation: Evaluation) -> list[tuple[str, str, int, list[Mistake]]]:
+def _mistakes(evaluation: Evaluation) -> list[tuple[str, str, int, list[Shown]]]:
     """Return for each kind of mistake its name, its meaning, its count and the worst ones."""
     rejected = is_defect(evaluation.probabilities, evaluation.point.threshold)
     defect = evaluation.labels == 1
@@ -150,31 +209,76 @@ def _kept(escapes: Rate, asked: float) -> str:
     return "missed" if low > asked else "open"
 
 
-def _worst(evaluation: Evaluation, rows: np.ndarray) -> list[Mistake]:
+def _worst(evaluation: Evaluation, rows: np.ndarray) -> list[Shown]:
     """Return the worst image of each photograph, the worst photographs first."""
     probabilities, point = evaluation.probabilities, evaluation.point
-    testing, leaked = evaluation.split.testing, evaluation.split.leaked
+    testing = evaluation.split.testing
     rows = rows[np.argsort(-np.abs(probabilities[rows] - point.threshold))]
     photographs = testing.photographs[rows]
     _, worst = np.unique(photographs, return_index=True)
+    return [
+        _show(evaluation, rows[place], int((photographs == photographs[place]).sum()) - 1)
+        for place in np.sort(worst)[:MISTAKES_SHOWN]
+    ]
+
+
+def _right(evaluation: Evaluation) -> list[tuple[str, list[Shown]]]:
+    """Return examples that are judged rightly, of each class, from clear ones to the nearest."""
+    probabilities, labels = evaluation.probabilities, evaluation.labels
+    rejected = is_defect(probabilities, evaluation.point.threshold)
     found = []
-    for place in np.sort(worst)[:MISTAKES_SHOWN]:
-        row = rows[place]
-        takes = evaluation.takes
-        image = preprocessing.decode_within(testing.file(row), MISTAKE_SIDE, takes.channels)
-        drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
-        found.append(
-            Mistake(
-                path=testing.paths[row],
-                probability=float(probabilities[row]),
-                others=int((photographs == photographs[place]).sum()) - 1,
-                review=bool(point.needs_review(probabilities[row])),
-                leaked=bool(leaked[row]),
-                image=_data_uri(Image.fromarray(np.squeeze(image))),
-                heatmap=_data_uri(drawn),
+    for name, label in (("Defects that are found", 1), ("Good parts that pass", 0)):
+        rows = np.flatnonzero((labels == label) & (rejected == (label == 1)))
+        rows = rows[np.argsort(-np.abs(probabilities[rows] - evaluation.point.threshold))]
+        some = np.linspace(0, len(rows) - 1, min(len(rows), RIGHT_SHOWN)).astype(int)
+        found.append((name, [_show(evaluation, row, 0) for row in rows[some]]))
+    return found
+
+
+def _show(evaluation: Evaluation, row: int, others: int) -> Shown:
+    testing, takes = evaluation.split.testing, evaluation.takes
+    image = preprocessing.decode_within(testing.file(row), SHOWN_SIDE, takes.channels)
+    drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
+    probability = float(evaluation.probabilities[row])
+    return Shown(
+        path=testing.paths[row],
+        probability=probability,
+        others=others,
+        review=bool(evaluation.point.needs_review(np.array(probability))),
+        leaked=bool(evaluation.split.leaked[row]),
+        image=_data_uri(Image.fromarray(np.squeeze(image))),
+        heatmap=_data_uri(drawn),
+    )
+
+
+def table(evaluation: Evaluation) -> str:
+    """Return every test image and what became of it, as CSV."""
+    testing, point = evaluation.split.testing, evaluation.point
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(
+        (
+            "path",
+            "class",
+            "photograph",
+            "probability",
+            "verdict",
+            "review",
+            "photograph_in_training",
+        )
+    )
+    found = is_defect(evaluation.probabilities, point.threshold)
+    review = point.needs_review(evaluation.probabilities)
+    for row, path in enumerate(testing.paths):
+        label = POSITIVE if testing.labels[row] else NEGATIVE
+        verdict = "defect" if found[row] else "ok"
+        rows.writerow(
+            (
+                *(path, label, testing.photographs[row], f"{evaluation.probabilities[row]:.6f}"),
+                *(verdict, bool(review[row]), bool(evaluation.split.leaked[row])),
             )
         )
-    return found
+    return file.getvalue()
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -59,9 +59,9 @@ def evaluate_and_register(
         done,
         robustness.measure(classifier, split.testing),
         plan.rules.decisions.max_escape_rate,
-        Origin(record.run_id(), record.commit()),
+        Origin(record.run_id(), record.commit(), *record.training(model.run_id)),
     )
-    uri = record.page(page)
+    uri = record.page(page, report.table(evaluation))
     tell.report(uri)
     if not done.release.released:
         tell.diagnosis(release.diagnosis(evaluation, done.release, uri))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import mlflow
 import numpy as np
+from mlflow import MlflowClient
 
 from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import figures, report
@@ -205,8 +206,22 @@ def decision(said: str) -> None:
     mlflow.set_tag("decision", said)
 
 
-def page(html: str) -> str:
-    """Log the report of an evaluation; return where it is."""
+def training(run_id: str) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """Return the parameters of a training run, and its metrics per epoch."""
+    client, run = MlflowClient(), mlflow.get_run(run_id)
+    names = ("loss", "accuracy", "val_loss", "val_accuracy")
+    curves = {name: client.get_metric_history(run_id, name) for name in names}
+    if not all(curves.values()):
+        return run.data.params, {}
+    return run.data.params, {
+        name: [one.value for one in sorted(values, key=lambda one: one.step)]
+        for name, values in curves.items()
+    }
+
+
+def page(html: str, table: str) -> str:
+    """Log the report of an evaluation and its table of images; return where the report is."""
+    mlflow.log_text(table, report.TABLE)
     mlflow.log_text(html, report.FILE)
     return str(mlflow.get_artifact_uri(report.FILE))
 
