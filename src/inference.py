@@ -58,7 +58,8 @@ def main() -> int:
         else:
             model = NamedModel.in_production(production)
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        output = Output([stack.enter_context(file) for file in open_files(options)])
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        output = Output([stack.enter_context(file) for file in open_files(options)], coloured)
         judge = Judge(model, Path(options.heatmaps) if options.heatmaps else None, pool)
         if options.watch:
             from defect_detection.inference import watch

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import mlflow
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ from defect_detection.registry import store as stores
 from defect_detection.runtime.preprocessing import ImageFormat
 
 ROOT = settings.ROOT
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def draw_part(rng: np.random.Generator, defect: bool, side: int = 96) -> Image.Image:

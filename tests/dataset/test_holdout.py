@@ -34,7 +34,7 @@ def photographed(draw):
     return np.array(labels)[order], np.array(photographs)[order]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(photographed(), st.floats(0.05, 0.5), st.integers(0, 2**32 - 1))
 def test_no_photograph_is_on_both_sides_of_a_validation_split(pictures, share, seed):
     labels, photographs = pictures
@@ -48,7 +48,7 @@ def test_no_photograph_is_on_both_sides_of_a_validation_split(pictures, share, s
     assert set(labels[training]) == set(labels[validation]) == {0, 1}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(photographed(), st.integers(2, 6), st.integers(0, 2**32 - 1))
 def test_no_photograph_is_in_two_folds(pictures, count, seed):
     labels, photographs = pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from defect_detection import PipelineError
-from defect_detection.inference.rows import COLUMNS, Csv, JsonLines, Row
+from defect_detection.inference.rows import COLUMNS, Csv, JsonLines, Output, Row
 from defect_detection.runtime.classifier import Verdict
 
 NAMES = ["a.png", 'with "quotes", commas.png', "ünïcode.png", "not\udcffutf8.png", "last.png"]
@@ -100,3 +100,18 @@ def test_full_disk_is_one_line(kind):
     with pytest.raises(PipelineError, match="/dev/full: cannot be written .No space left"):
         with kind(Path("/dev/full"), resume=False) as rows:
             rows.add([row("a.png")])
+
+
+def test_rows_have_the_colour_of_their_verdict_on_a_terminal(capsys):
+    rows = [
+        Row("a", "defect", 0.9, False, "", "m"),
+        Row("b", "ok", 0.1, False, "", "m"),
+        Row("c", "ok", 0.2, True, "", "m"),
+        Row("d", "unknown", 0.5, True, "blurred", "m"),
+    ]
+    Output([], coloured=True).put(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in lines] == ["\033[31m", "\033[32m", "\033[33m", "\033[35m"]
+    assert all(line.endswith("\033[0m") for line in lines)
+    Output([]).put(rows)
+    assert "\033" not in capsys.readouterr().out

@@ -436,3 +436,13 @@ def test_colour_is_seen_and_grey_is_its_special_case():
     np.testing.assert_allclose(same, plain(grey).numpy(), atol=1e-3)
     tinted = np.concatenate([grey, grey, 0.5 * grey], -1)
     assert np.abs(colour(tinted).numpy() - same).max() > 0.1
+
+
+def test_a_model_without_the_layers_is_refused_before_the_fit():
+    inputs = keras.Input((32, 32, 1))
+    flat = keras.layers.Flatten()(inputs)
+    other = keras.Model(inputs, keras.layers.Dense(2)(flat))
+    expected = r"output \(2,\), and no layer defect_map and defect_probability"
+    with pytest.raises(PipelineError, match=expected):
+        network.require_contract(other)
+    network.require_contract(build("map"))

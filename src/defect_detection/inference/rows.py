@@ -46,7 +46,14 @@ class Row:
         verdict = Verdict(self.verdict, self.probability, self.review, self.reason)
         return f"{self.path}  {verdict}"
 
+    def coloured(self) -> str:
+        """Return the row in a line, in the colour of its verdict for a terminal."""
+        colour = "review" if self.review and self.verdict in ("defect", "ok") else self.verdict
+        return f"\033[{COLOURS[colour]}m{self}\033[0m"
 
+
+# As terminals number them: red, green, yellow, magenta.
+COLOURS = {"defect": 31, "ok": 32, "review": 33, "unknown": 35, "error": 35}
 COLUMNS = [field.name for field in fields(Row)]
 
 
@@ -188,8 +195,9 @@ class Csv(RowFile):
 class Output:
     """Where rows go: into files, or to standard output if there are none."""
 
-    def __init__(self, files: list[RowFile]):
-        self._files = files
+    def __init__(self, files: list[RowFile], coloured: bool = False):
+        """Write rows into files, or to standard output, in colour if it is a terminal."""
+        self._files, self._coloured = files, coloured
 
     def __bool__(self) -> bool:
         """Return whether rows go into files."""
@@ -208,4 +216,5 @@ class Output:
         for file in self._files:
             file.add(rows)
         if not self._files:
-            print(*rows, sep="\n", flush=True)
+            lines = [row.coloured() if self._coloured else str(row) for row in rows]
+            print(*lines, sep="\n", flush=True)

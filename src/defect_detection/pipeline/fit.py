@@ -100,6 +100,7 @@ def fit(
         on_device(device)
         fitting.make_deterministic(plan.parameters.seed)
         model = plan.make_model()
+        network.require_contract(model)
         computed = features.compute(model, data, plan.sampling)
         if network.is_good_only(model):
             most = plan.decisions.max_overkill_rate

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from defect_detection import PipelineError
 from defect_detection.runtime import native_output
 
 native_output.silence_tensorflow()
@@ -93,6 +94,19 @@ def fitted(model: keras.Model) -> keras.Model:
     if not has_features(model):
         return model
     return keras.Model(model.get_layer(FEATURES).output, model.output)
+
+
+def require_contract(model: keras.Model) -> None:
+    """Raise PipelineError if a model lacks what fitting and serving need."""
+    names = {layer.name for layer in model.layers}
+    lacking = [name for name in (MAP, PROBABILITY) if name not in names]
+    if lacking or len(model.input_shape) != 4 or model.output_shape != (None, 1):
+        raise PipelineError(
+            f"The model cannot be fitted: it has the input {model.input_shape[1:]} and the output "
+            f"{model.output_shape[1:]}"
+            + (f", and no layer {' and '.join(lacking)}" if lacking else "")
+            + "; expected an image, one probability, and the layers of network.py"
+        )
 
 
 def is_wide(model: keras.Model) -> bool:
