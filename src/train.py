@@ -18,6 +18,7 @@ from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.dataset.split import Split
+from defect_detection.evaluation.labels import LabelError
 from defect_detection.pipeline import fit, record, tell
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.fit import FitPlan, Fold
@@ -118,9 +119,16 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
             record.plan(planned, split.training, set=planned.name)
             fitted = fit.fit(planned, split.training, record.device, partial(report_epoch, planned))
             record.fit(fitted)
+            report_label_errors(fit.label_errors(fitted, split.training))
             served = fit.to_served(fitted, split.training)
             trained.append(record.model(fitted, served, example))
     return trained
+
+
+def report_label_errors(found: list[LabelError]) -> None:
+    """Log and print likely label errors."""
+    record.label_errors(found)
+    tell.label_errors(found)
 
 
 def report_epoch(planned: FitPlan, number: int, values: dict[str, float]) -> None:

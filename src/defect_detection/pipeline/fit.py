@@ -8,7 +8,8 @@ import numpy as np
 
 from defect_detection.dataset import holdout
 from defect_detection.dataset.split import Dataset
-from defect_detection.evaluation import metrics
+from defect_detection.evaluation import labels, metrics
+from defect_detection.evaluation.labels import LabelError
 from defect_detection.evaluation.metrics import Scores
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint
@@ -112,6 +113,12 @@ def fit(
         return Fit(plan, result, calibration.around(ACCURACY_THRESHOLD, found, share))
     labels, most = result.held_out.labels, plan.decisions.max_escape_rate
     return Fit(plan, result, calibration.choose_operating_point(labels, found, most, share))
+
+
+def label_errors(fitted: Fit, data: Dataset) -> list[LabelError]:
+    """Return the training images whose labels the fits that did not see them contradict."""
+    held_out = fitted.result.held_out
+    return labels.likely_errors(data, held_out.images, held_out.labels, held_out.probabilities)
 
 
 def to_served(fitted: Fit, data: Dataset) -> ServedModel:

@@ -11,7 +11,8 @@ import numpy as np
 from mlflow import MlflowClient
 
 from defect_detection.dataset.split import Dataset, Split
-from defect_detection.evaluation import figures, report
+from defect_detection.evaluation import figures, labels, report
+from defect_detection.evaluation.labels import LabelError
 from defect_detection.evaluation.metrics import Comparison, Scores
 from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
@@ -134,6 +135,12 @@ def fit(fitted: Fit) -> None:
     )
     curves = figures.learning_curves(fitted.plan.name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
+
+
+def label_errors(found: list[LabelError]) -> None:
+    """Log the images that are probably in the wrong class folder."""
+    mlflow.log_metric("likely_label_errors", len(found))
+    mlflow.log_text(labels.table(found), labels.FILE)
 
 
 def model(fitted: Fit, served: ServedModel, example: bytes) -> Trained:

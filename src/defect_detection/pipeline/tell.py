@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from defect_detection.evaluation import labels
+from defect_detection.evaluation.labels import LabelError
 from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline import record
@@ -26,6 +28,16 @@ def sets(trained: list[Trained], best: Trained, best_file: Path, next_step: str)
             f"{one.val_accuracy:19.4f}  {one.seconds:7.1f}  {one.run_id}"
         )
     print(f"Best: {best.name}, written to {best_file}. Next: {next_step}")
+
+
+def label_errors(found: list[LabelError]) -> None:
+    """Print which images are probably in the wrong class folder."""
+    if found:
+        first = found[0]
+        print(
+            f"  {len(found)} likely label errors, in {labels.FILE} of the run; first {first.path} "
+            f"with a confidence of {first.confidence:.3f}"
+        )
 
 
 def fold(scored: Fold) -> None:

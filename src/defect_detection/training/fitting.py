@@ -37,11 +37,13 @@ class HeldOut:
         labels: (n,), 1 = defect.
         probabilities: float32 (n,) of a defect, calibrated.
         photographs: (n,) number of the photograph that each comes from.
+        images: (n,) number of each image in the data set.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray
     photographs: np.ndarray
+    images: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def fit(
         best_epoch=best.epoch,
         history=history,
         calibration=calibrated,
-        held_out=HeldOut(labels, probabilities, photographs),
+        held_out=HeldOut(labels, probabilities, photographs, features.images[plain]),
         fits=len(held_out),
         seconds=time.perf_counter() - started,
     )
@@ -168,12 +170,13 @@ def _run(fits: "_Fits", on_epoch: Report) -> tuple[_Best, dict[str, list[float]]
     history: dict[str, list[float]] = {}
     plain = fits.folds.plain
     labels, photographs = fits.features.labels[plain], fits.features.photographs[plain]
+    images = fits.features.images[plain]
     for epoch in range(1, fits.parameters.epochs + 1):
         figures = fits.run(epoch)
         found = fits.judge()
         calibrated = fits.combine(found)
         probabilities = fits.calibrated(found, calibrated)
-        figures |= _validation(HeldOut(labels, probabilities, photographs))
+        figures |= _validation(HeldOut(labels, probabilities, photographs, images))
         for name, value in figures.items():
             history.setdefault(name, []).append(value)
         if figures["val_loss"] < lowest:

@@ -62,12 +62,17 @@ def fit(
     defects = np.flatnonzero(~features.varied & (features.labels == 1))
     labels = np.concatenate([np.zeros(len(plain)), np.ones(len(defects))])
     found = np.concatenate([expit(surprise - limit), _predict(model, features, defects)])
-    of = np.concatenate([photographs, features.photographs[defects]])
+    judged = np.concatenate([plain, defects])
     return replace(
         blemishes,
         model=model,
         calibration=Calibration(1, 0),
-        held_out=HeldOut(labels, found.astype(np.float32), of),
+        held_out=HeldOut(
+            labels,
+            found.astype(np.float32),
+            features.photographs[judged],
+            features.images[judged],
+        ),
         seconds=time.perf_counter() - started,
         good_only=True,
     )
