@@ -1,5 +1,6 @@
 """Figures that measure a model. Everywhere, 1 and "positive" mean a defect."""
 
+import logging
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -327,7 +328,12 @@ def barnard_p_value(table: list[list[int]]) -> float:
         return 1.0
     if first * second > LARGEST_EXACT:  # takes minutes; bounds of each are exact too, and wider
         return 0.0 if bounds(found, first)[0] > bounds(rejected, second)[1] else 1.0
-    return float(barnard_exact(table, alternative="greater").pvalue)
+    logged = logging.root.manager.disable
+    logging.disable(logging.INFO)  # SciPy's optimiser logs its bounds
+    try:
+        return float(barnard_exact(table, alternative="greater").pvalue)
+    finally:
+        logging.disable(logged)
 
 
 def is_right(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> np.ndarray:
