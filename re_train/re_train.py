@@ -86,7 +86,8 @@ def main() -> None:
         planned = plan(
             config, own, overrides, Start(start, takes, split.training.few_defects), device
         )
-        with record.run(experiment, "re-train"):
+        said = f"A retraining from {source} on {split.training}, judged on {split.testing}."
+        with record.run(experiment, "re-train", said):
             record.started_from(source)
             record.dataset(split.training, "training")
             record.plan(planned, split.training)

@@ -33,7 +33,8 @@ def main() -> None:
             print(f"{split.training} has changed since this model was trained on it")
         experiment = store.open_experiment(f"eval/{config.names.experiment_name}")
         tags = {"training_run_id": best.run_id, "model_uri": best.model_uri}
-        with record.run(experiment, "evaluation", tags):
+        said = f"The model of the run {best.run_id}, judged on {split.testing} and registered."
+        with record.run(experiment, "evaluation", said, tags):
             evaluate_and_register(best, classifier, split, plan)
 
 

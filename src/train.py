@@ -113,7 +113,8 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
     example = split.training.file(0).read_bytes()
     for number, planned in enumerate(plans, start=1):
         print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        with record.run(experiment, planned.name, tags):
+        said = f"The set {planned.name} of the configuration, fitted to {split.training}."
+        with record.run(experiment, planned.name, said, tags):
             record.dataset(split.training, "training")
             record.leakage(split)
             record.plan(planned, split.training, set=planned.name)
@@ -144,7 +145,8 @@ def cross_validate_sets(
     validated = {}
     for number, planned in enumerate(plans, start=1):
         print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        with record.run(experiment, f"{planned.name} {folds} folds"):
+        said = f"The set {planned.name}, cross-validated by photograph on {split.training}."
+        with record.run(experiment, f"{planned.name} {folds} folds", said):
             record.dataset(split.training, "training")
             record.plan(planned, split.training, set=planned.name, folds=folds)
             scored = fit.cross_validate(planned, split.training, folds, record.device, report_fold)

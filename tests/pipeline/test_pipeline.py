@@ -59,6 +59,7 @@ def test_training_logs_three_runs_and_names_the_best(trained):
     )
     for run in runs:
         assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.note.content"].startswith("The set ")
         assert run.data.params["seed"] == "42"
         assert run.data.params["training_def_front"] == "80"
         assert run.data.tags["mlflow.source.git.commit"] == commit.stdout.strip()

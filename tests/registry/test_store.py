@@ -16,6 +16,12 @@ def test_artifacts_of_a_sqlite_store_lie_beside_it(store):
     assert experiment.artifact_location.startswith(f"file://{folder}/mlruns")
 
 
+def test_experiments_open_on_the_page_of_trainings(store):
+    """Without this tag MLflow shows traces, of which there are none."""
+    experiment = mlflow.get_experiment(stores.open_experiment("train/opened"))
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_opening_an_experiment_twice_gives_the_same(store):
     assert stores.open_experiment("train/twice") == stores.open_experiment("train/twice")
 

@@ -51,9 +51,13 @@ class Trained:
 
 
 @contextmanager
-def run(experiment: str, name: str, tags: dict[str, str] | None = None) -> Iterator[None]:
+def run(
+    experiment: str, name: str, description: str, tags: dict[str, str] | None = None
+) -> Iterator[None]:
     """Open a run for the block, in the experiment with the id `experiment`."""
-    with mlflow.start_run(experiment_id=experiment, run_name=name, tags=tags):
+    with mlflow.start_run(
+        experiment_id=experiment, run_name=name, description=description, tags=tags
+    ):
         yield
 
 

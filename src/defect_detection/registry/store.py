@@ -81,6 +81,10 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
+# MLflow's page of an experiment then begins with its runs.
+KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+
+
 def open_experiment(name: str) -> str:
     """Return the id of an experiment; create the experiment if it does not exist.
 
@@ -96,7 +100,9 @@ def open_experiment(name: str) -> str:
         folder = _local_folder(uri) if uri.startswith("sqlite:") else None
         try:
             return mlflow.create_experiment(
-                name, artifact_location=(folder / "mlruns").as_uri() if folder else None
+                name,
+                artifact_location=(folder / "mlruns").as_uri() if folder else None,
+                tags={KIND: TRAINING},
             )
         except MlflowException:
             existing = mlflow.get_experiment_by_name(name)
