@@ -209,7 +209,9 @@ def test_leakage_is_said_beside_the_figures_that_it_flatters(drawn):
     assert "These figures are optimistic." in text(write(trained_on(better)))
     assert "optimistic" not in text(write(trained_on(np.array([-1]))))
     assert "optimistic" not in text(write(trained_on(worse)))  # nor does it, if those are worse
-    assert "These figures may be optimistic." in text(write(trained_on(of)))  # none is unseen
+    words = text(write(trained_on(of)))  # none is unseen
+    assert "These figures may be optimistic." in words
+    assert "100.0% of these images show photographs that the model learned from." in words[:400]
 
 
 def test_what_is_not_released_is_said_first_with_what_to_try(drawn):

@@ -143,9 +143,13 @@ def _headline(evaluation: Evaluation, registration: Registration) -> str:
     passes = f"{rates.escapes.share:.1%} of the defective parts pass"
     rejected = f"{rates.overkill.share:.1%} of the good parts are rejected"
     state = "in production" if registration.in_production else "not in production"
+    known = ""
+    if _optimistic(evaluation):
+        share = evaluation.split.leaked_share
+        known = f" {share:.1%} of these images show photographs that the model learned from."
     return (
         f"Released and {state}: on the test images {passes}, {rejected}, and a person looks at "
-        f"{rates.reviewed.share:.1%} of all parts."
+        f"{rates.reviewed.share:.1%} of all parts.{known}"
     )
 
 
