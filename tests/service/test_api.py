@@ -43,7 +43,8 @@ def make(tmp_path: Path, token: str | None = None):
     [
         ("{", "The body: "),
         ("[]", "The body: "),
-        ('{"epoch": 3}', "epoch is not a known key, expected one of: epochs, batch_size, learn"),
+        ('{"epoch": 3}', "epoch is not a known key, did you mean epochs?"),
+        ('{"size": 3}', "size is not a known key, expected one of: epochs, batch_size, learn"),
         ('{"epochs": "3"}', 'epochs is "3", expected a whole number, at least 1'),
         ('{"epochs": 0}', "epochs is 0, expected a whole number, at least 1"),
         ('{"epochs": 1e9}', "at most 1000"),

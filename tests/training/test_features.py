@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import Sampling
 from defect_detection.training import features, network
 
+SHARES = (features.GOOD, features.DEFECTIVE)
 TAKES = ImageFormat(32, 32)
 PHOTOGRAPHS = np.array([0] * 20 + [1] * 2 + [2] * 8 + [3] * 10)
 
@@ -49,7 +51,7 @@ def test_each_photograph_of_a_class_has_as_many_variants(pictures, model, tmp_pa
 
 def test_pictures_as_they_are_are_a_sample_with_many_photographs(pictures, model, monkeypatch):
     monkeypatch.setattr(features, "MOST_PLAIN", 6)
-    planned = features._plan(pictures.labels, PHOTOGRAPHS, 100, 0)
+    planned = features._plan(pictures, Sampling(100, 0, Path()), SHARES)
     plain = PHOTOGRAPHS[planned.images[~planned.varied]]
     assert np.bincount(plain).tolist() == [4, 2, 3, 3]
     assert len(set(planned.images[~planned.varied])) == 12
@@ -152,7 +154,9 @@ def test_disk_without_room_is_one_line_before_the_work(pictures, model, tmp_path
 def test_variants_of_a_photograph_do_not_keep_a_place(pictures):
     """The fill beyond the edge goes by the place in a batch, and must not tell the photograph."""
     photographs = np.arange(40) % 32  # as many as two batches hold
-    planned = features._plan(np.repeat([0, 1], [32, 8]).astype(np.uint8), photographs, 640, 0)
+    labels = np.repeat([0, 1], [32, 8]).astype(np.uint8)
+    data = replace(pictures, labels=labels, photographs=photographs)
+    planned = features._plan(data, Sampling(640, 0, Path()), SHARES)
     places = np.flatnonzero(planned.varied)[photographs[planned.images[planned.varied]] == 3]
     assert len(set(places % features.BATCH)) > 4
 
