@@ -1,9 +1,10 @@
 """Writes that happen completely or not at all."""
 
 import csv
+import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,10 +68,14 @@ def read_mapping(path: Path, key: str, value: str) -> dict[str, str]:
     return found
 
 
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows, the header among them, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def write_mapping(path: Path, key: str, value: str, mapping: Mapping[str, object]) -> None:
     """Write a CSV file that `read_mapping` reads."""
-    with (
-        replace_atomically(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        csv.writer(file, lineterminator="\n").writerows([(key, value), *mapping.items()])
+    with replace_atomically(path) as temporary:
+        temporary.write_bytes(csv_text([(key, value), *mapping.items()]).encode())

@@ -98,31 +98,6 @@ def describe_leakage(leaked: int, testing: int) -> str:
     )
 
 
-def describe_defects(split: Split) -> str:
-    """Return what the photographs of defects can show, before training."""
-    training, testing = (one.photograph_counts[0] for one in (split.training, split.testing))
-    said = []
-    if split.training.few_defects:
-        said.append(
-            f"{_photographs_of_defects(training)} to learn from, fewer than {FEW_DEFECTS}: models "
-            f"learn from good parts alone, and defects are only judged."
-        )
-    if not testing:
-        said.append("No defect among the test images: nothing will be known of escapes.")
-    else:
-        # Clopper and Pearson's upper bound if none of n passes.
-        most = 1 - 0.025 ** (1 / testing)
-        said.append(
-            f"{_photographs_of_defects(testing)} to test with: if all are found, up to {most:.1%} "
-            f"of the defects may pass nevertheless (95% bound)."
-        )
-    return " ".join(said)
-
-
-def _photographs_of_defects(count: int) -> str:
-    return f"{count or 'No'} photograph{'' if count == 1 else 's'} of defects"
-
-
 def load(folder: DataFolder, wanted: ImageFormat) -> Split:
     """Load the training and the test images in a format.
 

@@ -1,11 +1,10 @@
 """Which images are probably in the wrong class folder, by models that did not see them."""
 
-import csv
-import io
 from dataclasses import dataclass
 
 import numpy as np
 
+from defect_detection.atomic import csv_text
 from defect_detection.dataset.split import Dataset
 from defect_detection.runtime.decision import NEGATIVE, POSITIVE
 
@@ -65,9 +64,5 @@ def likely_errors(
 
 def table(errors: list[LabelError]) -> str:
     """Return likely label errors as CSV."""
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(("path", "class", "photograph", "confidence"))
-    for one in errors:
-        rows.writerow((one.path, one.label, one.photograph, f"{one.confidence:.6f}"))
-    return file.getvalue()
+    rows = [(one.path, one.label, one.photograph, f"{one.confidence:.6f}") for one in errors]
+    return csv_text([("path", "class", "photograph", "confidence"), *rows])

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from defect_detection.dataset.split import FEW_DEFECTS, Split
 from defect_detection.evaluation import metrics
 from defect_detection.evaluation.metrics import Comparison, Rate, Scores
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.registry.versions import Version
-from defect_detection.runtime.decision import ACCURACY_THRESHOLD, CLASSES
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD, CLASSES, POSITIVE
 from defect_detection.settings import Decisions
 
 CHANCE = 0.025  # p-value from which a model may be guessing; that of a 95 % bound on one side
@@ -34,6 +35,32 @@ class Release:
     def __str__(self) -> str:
         """Return it in a sentence without its full stop."""
         return "released" if self.released else "not released: " + "; ".join(self.reasons)
+
+
+def describe_defects(split: Split) -> str:
+    """Return what the photographs of defects can show, before training."""
+    training, testing = (
+        one.photograph_counts[CLASSES.index(POSITIVE)] for one in (split.training, split.testing)
+    )
+    said = []
+    if split.training.few_defects:
+        said.append(
+            f"{_photographs_of_defects(training)} to learn from, fewer than {FEW_DEFECTS}: models "
+            f"learn from good parts alone, and defects are only judged."
+        )
+    if not testing:
+        said.append("No defect among the test images: nothing will be known of escapes.")
+    else:
+        _, most = Rate(0, testing).bounds
+        said.append(
+            f"{_photographs_of_defects(testing)} to test with: if all are found, up to {most:.1%} "
+            f"of the defects may pass nevertheless (95% bound)."
+        )
+    return " ".join(said)
+
+
+def _photographs_of_defects(count: int) -> str:
+    return f"{count or 'No'} photograph{'' if count == 1 else 's'} of defects"
 
 
 def judge(evaluation: Evaluation, decisions: Decisions) -> Release:

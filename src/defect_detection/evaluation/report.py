@@ -1,7 +1,6 @@
 """The report of an evaluation, one HTML file."""
 
 import base64
-import csv
 import io
 import json
 import platform
@@ -15,6 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from defect_detection.atomic import csv_text
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import figures
 from defect_detection.evaluation.metrics import Rate
@@ -37,6 +37,10 @@ MISTAKES_SHOWN = 12  # photographs of each kind
 RIGHT_SHOWN = 4  # of each class
 SHOWN_SIDE = 224  # pixels
 TABLE = "images.csv"  # the artifact's name
+TABLE_COLUMNS = (
+    *("path", "class", "photograph", "probability", "verdict", "review"),
+    "photograph_in_training",
+)
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy", "pillow", "mlflow")
 
 
@@ -258,31 +262,17 @@ def _show(evaluation: Evaluation, row: int, others: int) -> Shown:
 def table(evaluation: Evaluation) -> str:
     """Return every test image and what became of it, as CSV."""
     testing, point = evaluation.split.testing, evaluation.point
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(
-        (
-            "path",
-            "class",
-            "photograph",
-            "probability",
-            "verdict",
-            "review",
-            "photograph_in_training",
-        )
-    )
     found = is_defect(evaluation.probabilities, point.threshold)
     review = point.needs_review(evaluation.probabilities)
-    for row, path in enumerate(testing.paths):
-        label = POSITIVE if testing.labels[row] else NEGATIVE
-        verdict = "defect" if found[row] else "ok"
-        rows.writerow(
-            (
-                *(path, label, testing.photographs[row], f"{evaluation.probabilities[row]:.6f}"),
-                *(verdict, bool(review[row]), bool(evaluation.split.leaked[row])),
-            )
+    rows = [
+        (
+            *(path, POSITIVE if testing.labels[row] else NEGATIVE, testing.photographs[row]),
+            *(f"{evaluation.probabilities[row]:.6f}", "defect" if found[row] else "ok"),
+            *(bool(review[row]), bool(evaluation.split.leaked[row])),
         )
-    return file.getvalue()
+        for row, path in enumerate(testing.paths)
+    ]
+    return csv_text([TABLE_COLUMNS, *rows])
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -9,6 +9,7 @@ from mlflow.entities import Run
 
 from defect_detection import PipelineError
 from defect_detection.evaluation import report
+from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.record import TRAINING_TAG
 from defect_detection.registry import store, versions
@@ -60,7 +61,7 @@ class Summary:
         return cls(
             sets,
             best.run_id,
-            {run.data.tags["mlflow.runName"]: _history(run, "val_accuracy") for run in sets},
+            {run.data.tags["mlflow.runName"]: record.history(run, "val_accuracy") for run in sets},
             _newest_evaluation(best, experiment),
             versions.in_production(registered_model),
         )
@@ -170,9 +171,3 @@ def _newest_evaluation(best: BestModel, experiment: str) -> Run:
     if not found:
         raise PipelineError("The best model was not evaluated. Run 'python src/evaluation.py'")
     return found[0]
-
-
-def _history(run: Run, metric: str) -> list[float]:
-    """Return a metric's values, epoch by epoch."""
-    values = MlflowClient().get_metric_history(run.info.run_id, metric)
-    return [value.value for value in sorted(values, key=lambda value: value.step)]

@@ -35,8 +35,8 @@ class Calibration:
             probabilities: (n,) of a defect.
             overall: log-odds (n,) from the image as a whole.
         """
-        log_odds = self.scale * _log_odds(probabilities) + self.overall * overall + self.shift
-        return (1 / (1 + np.exp(-log_odds))).astype(np.float32)
+        found = self.scale * log_odds(probabilities) + self.overall * overall + self.shift
+        return (1 / (1 + np.exp(-found))).astype(np.float32)
 
 
 def calibrate(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> Calibration:
@@ -47,8 +47,7 @@ def calibrate(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
         probabilities: (n,) of a defect.
         weights: (n,) of each image in the cross-entropy.
     """
-    log_odds = np.asarray(_log_odds(probabilities))
-    (scale,), shift = _regression(labels, [log_odds], weights, [SCALES])
+    (scale,), shift = _regression(labels, [log_odds(probabilities)], weights, [SCALES])
     return Calibration(scale, shift)
 
 
@@ -65,23 +64,22 @@ def combine(
     """
     # Neither counts the wrong way round, and one that says nothing may count for nothing.
     limits = [(0.0, SCALES[1])] * 2
-    of_map = np.asarray(_log_odds(probabilities))
-    scales, shift = _regression(labels, [of_map, overall], weights, limits)
+    scales, shift = _regression(labels, [log_odds(probabilities), overall], weights, limits)
     return Calibration(scales[0], shift, scales[1])
 
 
 def _regression(
     labels: np.ndarray,
-    log_odds: list[np.ndarray],
+    evidence: list[np.ndarray],
     weights: np.ndarray,
     limits: list[tuple[float, float]],
 ) -> tuple[list[float], float]:
-    """Return a scale for each of `log_odds`, within its limits, and a shift."""
+    """Return a scale for each of `evidence`, log-odds, within its limits, and a shift."""
     from scipy.optimize import minimize  # inference does not need it
     from scipy.special import expit, log_expit
 
     labels, weights = np.asarray(labels, float), np.asarray(weights, float)
-    columns = np.stack([*log_odds, np.ones(len(labels))], axis=1)
+    columns = np.stack([*evidence, np.ones(len(labels))], axis=1)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         found = columns @ values
@@ -89,7 +87,7 @@ def _regression(
         slopes = weights * (expit(found) - labels)
         return np.sum(weights * losses), slopes @ columns
 
-    start = [1 / len(log_odds)] * len(log_odds) + [0.0]
+    start = [1 / len(evidence)] * len(evidence) + [0.0]
     found = minimize(loss, start, jac=True, bounds=[*limits, SHIFTS], method="L-BFGS-B")
     *scales, shift = map(float, found.x)
     return scales, shift
@@ -105,8 +103,8 @@ def mean_in_log_odds(probabilities: np.ndarray, counted: np.ndarray) -> np.ndarr
     Returns:
         The averaged probabilities, (n,).
     """
-    log_odds = np.average(_log_odds(probabilities), axis=1, weights=counted)
-    return 1 / (1 + np.exp(-log_odds))
+    average = np.average(log_odds(probabilities), axis=1, weights=counted)
+    return 1 / (1 + np.exp(-average))
 
 
 def choose_operating_point(
@@ -127,7 +125,7 @@ def choose_operating_point(
 
 def around(threshold: float, probabilities: np.ndarray, review_share: float) -> OperatingPoint:
     """Choose the review band around a threshold; arguments as for `choose_operating_point`."""
-    distances = np.abs(_log_odds(probabilities) - _log_odds(threshold))
+    distances = np.abs(log_odds(probabilities) - log_odds(threshold))
     first_outside = np.sort(distances)[int(review_share * len(distances))]
     inside = probabilities[distances < first_outside]
     if not len(inside):
@@ -157,11 +155,11 @@ def choose_threshold(
     passes = good.max()
     found = defects[defects > passes][0]
     # A float32 like the probabilities, so that rounding cannot make a difference.
-    half_way = np.float32(1 / (1 + np.exp(-(_log_odds(found) + _log_odds(passes)) / 2)))
+    half_way = np.float32(1 / (1 + np.exp(-(log_odds(found) + log_odds(passes)) / 2)))
     return float(half_way if passes < half_way <= found else found)
 
 
-def _log_odds(probabilities: np.ndarray | float) -> np.ndarray | float:
+def log_odds(probabilities: np.ndarray | float) -> np.ndarray:
     """Return log-odds; probabilities within EPS of 0 or 1 are clipped."""
     safe = np.clip(np.asarray(probabilities, float), EPS, 1 - EPS)
     return np.log(safe) - np.log1p(-safe)

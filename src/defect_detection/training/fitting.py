@@ -212,6 +212,14 @@ def photograph_weights(labels: np.ndarray, photographs: np.ndarray) -> np.ndarra
     return each
 
 
+def predict(judge: keras.Model, features: Features, numbers: np.ndarray) -> np.ndarray:
+    """Return what a model makes of some features, (len(numbers), outputs)."""
+    starts = range(0, len(numbers), BATCH)
+    parts = (features.take(numbers[start : start + BATCH]).astype(np.float32) for start in starts)
+    found = [judge.predict_on_batch(part) for part in parts]
+    return np.concatenate(found) if found else np.empty((0, judge.output_shape[-1]), np.float32)
+
+
 class _Fits:
     """The fits of a model, one for each fold of the photographs.
 
@@ -273,9 +281,7 @@ class _Fits:
         strengths = overall.STRENGTHS if self._wide else (0.01,)
         plain, folds = self.folds.plain, self.folds.held_out
         found = overall.fit(self.features, self._fits_to, self._weights, plain, folds, strengths)
-        layer = self._learner.get_layer(network.STANDARDISED)
-        mean, variance = layer.get_weights()
-        deviation = np.sqrt(variance + layer.epsilon)
+        mean, deviation = network.standardisation(self._learner)
         kernels = found.of_maxima(deviation)
         some = self.features.take(self._fits_to[:: max(1, len(self._fits_to) // STARTED)])
         evidence = (some.astype(np.float32) - mean) / deviation @ kernels
@@ -358,7 +364,7 @@ class _Fits:
         learned = np.stack([~np.isin(some, fold) for fold in folds], axis=1)
         together = calibration.mean_in_log_odds(np.concatenate(each, axis=1), learned)
         self._put_mean(states)
-        found = self._predict(plain[some], self._fitted)[:, 0]
+        found = predict(self._fitted, self.features, plain[some])[:, 0]
         labels, photographs = self.features.labels, self.features.photographs
         weights = photograph_weights(labels[plain[some]], photographs[plain[some]])
         network.calibrate(self._model, calibration.calibrate(together, found, weights))
@@ -440,15 +446,8 @@ class _Fits:
         length = tf.sqrt(tf.add_n(squares))  # for each fit, along the last axis
         return [g / tf.maximum(length, 1.0) for g in gradients]
 
-    def _predict(self, numbers: np.ndarray, judge: keras.Model | None = None) -> np.ndarray:
-        return np.concatenate(
-            [
-                (judge or self._learner).predict_on_batch(
-                    self.features.take(numbers[start : start + BATCH]).astype(np.float32)
-                )
-                for start in range(0, len(numbers), BATCH)
-            ]
-        )
+    def _predict(self, numbers: np.ndarray) -> np.ndarray:
+        return predict(self._learner, self.features, numbers)
 
     def _variables(self) -> list:
         return [*self._learner.weights, *self._optimizer.variables]

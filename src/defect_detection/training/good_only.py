@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from defect_detection.dataset import holdout
 from defect_detection.settings import FitParameters
 from defect_detection.training import fitting, network
-from defect_detection.training.calibration import Calibration
+from defect_detection.training.calibration import Calibration, log_odds
 from defect_detection.training.features import Features
 from defect_detection.training.fitting import HeldOut, Report, TrainingResult
 from defect_detection.training.network import Memory
@@ -51,9 +51,8 @@ def fit(
     plain = np.flatnonzero(~features.varied & (features.labels == 0))
     distances, memory = _memories(blemishes.model, good, plain, parameters)
     of_good = blemishes.held_out.labels == 0
-    photographs = features.photographs[plain]
-    weights = _photograph_weights(photographs)
-    nicks = _Scale.of(logit(_safe(blemishes.held_out.probabilities[of_good])), weights)
+    weights = fitting.photograph_weights(np.zeros(len(plain)), features.photographs[plain])
+    nicks = _Scale.of(log_odds(blemishes.held_out.probabilities[of_good]), weights)
     places = _Scale.of(distances, weights)
     surprise = np.maximum(nicks(nicks.values), places(places.values))
     limit = _quantile(surprise, weights, 1 - max_overkill_rate)
@@ -61,7 +60,8 @@ def fit(
 
     defects = np.flatnonzero(~features.varied & (features.labels == 1))
     labels = np.concatenate([np.zeros(len(plain)), np.ones(len(defects))])
-    found = np.concatenate([expit(surprise - limit), _predict(model, features, defects)])
+    of_defects = fitting.predict(network.fitted(model), features, defects)[:, 0]
+    found = np.concatenate([expit(surprise - limit), of_defects])
     judged = np.concatenate([plain, defects])
     return replace(
         blemishes,
@@ -113,15 +113,6 @@ def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
     return float(values[order[min(int(np.searchsorted(reached, share)), len(order) - 1)]])
-
-
-def _photograph_weights(photographs: np.ndarray) -> np.ndarray:
-    _, of, counts = np.unique(photographs, return_inverse=True, return_counts=True)
-    return 1 / counts[of]
-
-
-def _safe(probabilities: np.ndarray) -> np.ndarray:
-    return np.clip(probabilities.astype(float), 1e-7, 1 - 1e-7)
 
 
 def _memories(
@@ -178,15 +169,5 @@ def _remember(model: network.keras.Model, good: Features, rows: np.ndarray, seed
 
 
 def _standardised(model: network.keras.Model, good: Features, rows: np.ndarray) -> np.ndarray:
-    layer = model.get_layer(network.STANDARDISED)
-    mean, variance = layer.get_weights()
-    return (good.take(rows).astype(np.float32) - mean) / np.sqrt(variance + layer.epsilon)
-
-
-def _predict(model: network.keras.Model, features: Features, rows: np.ndarray) -> np.ndarray:
-    fitted = network.fitted(model)
-    parts = [
-        fitted.predict_on_batch(features.take(rows[start : start + BATCH]).astype(np.float32))
-        for start in range(0, len(rows), BATCH)
-    ]
-    return np.concatenate(parts)[:, 0] if parts else np.empty(0)
+    mean, deviation = network.standardisation(model)
+    return (good.take(rows).astype(np.float32) - mean) / deviation

@@ -139,6 +139,13 @@ def maps(model: keras.Model, count: int) -> keras.Model:
     return made
 
 
+def standardisation(model: keras.Model) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the deviation of each channel that a head standardises features by."""
+    layer = model.get_layer(STANDARDISED)
+    mean, variance = layer.get_weights()
+    return mean, np.sqrt(variance + layer.epsilon)
+
+
 def pool(features: np.ndarray) -> np.ndarray:
     """Return mean, maximum and deviation of features over an image, float32 (n, 3 * channels).
 
