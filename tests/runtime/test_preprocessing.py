@@ -61,8 +61,9 @@ def test_other_modes_of_png_decode(mode):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_their_shades(kind):
-    deep = Image.fromarray(np.asarray(RAMP).astype(np.uint16) * 256)
+@pytest.mark.parametrize("bits", [12, 16])
+def test_twelve_and_sixteen_bits_keep_their_shades(kind, bits):
+    deep = Image.fromarray(np.asarray(RAMP).astype(np.uint16) * 2 ** (bits - 8))
     decoded = preprocessing.decode(encode(deep, kind), ImageFormat(64, 64, fit="stretch"))
     np.testing.assert_allclose(decoded[30, :, 0], np.linspace(0, 249, 64), atol=3)
 

@@ -14,10 +14,11 @@ from defect_detection import PipelineError
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 # Part of the cache's key: change it whenever `decode` returns other pixels.
-PREPROCESSING = "bilinear-2"
+PREPROCESSING = "bilinear-3"
+TWELVE_BITS = 2**12
 BORDER = 127  # grey of the borders of a letterboxed image
 
-Fit = Literal["letterbox", "stretch"]
+Shaping = Literal["letterbox", "stretch"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ImageFormat:
     height: int
     width: int
     channels: int = 1
-    fit: Fit = "letterbox"
+    fit: Shaping = "letterbox"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,7 +67,7 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
     """Decode an image to the pixels that a model takes.
 
     Args:
-        source: the file, or its bytes: JPEG, PNG, BMP, TIFF (also with 16 bits) or WebP.
+        source: the file, or its bytes: JPEG, PNG or TIFF (also with 12 or 16 bits), BMP or WebP.
         wanted: size, colour and shape.
 
     Returns:
@@ -122,8 +123,8 @@ def _decode(
             # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the requested size.
             image.draft(mode, (longest, longest))
             upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.mode.startswith("I"):  # which convert() would clip at 255
+                upright = Image.fromarray(_eight_bits(np.asarray(upright)))
             height, width = choose(*upright.size)
             sized = upright.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
     except UnreadableImage:
@@ -136,6 +137,15 @@ def _decode(
     except Exception as error:
         raise UnreadableImage(f"cannot be decoded ({error})") from error
     return np.asarray(sized).reshape(height, width, channels)
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels of 16 bits as uint8.
+
+    Cameras of 12 bits write values below 4096 into files of 16 bits, and no field of the file
+    says so; the values do.
+    """
+    return (pixels >> (4 if pixels.max() < TWELVE_BITS else 8)).astype(np.uint8)
 
 
 def dimensions(path: Path) -> tuple[int, int]:
