@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import figures, labels, report
@@ -115,7 +116,11 @@ def epoch(number: int, values: dict[str, float]) -> None:
 
 
 def fit(fitted: Fit) -> None:
-    """Log the figures and the learning curves of a fit."""
+    """Log the figures and the learning curves of a fit.
+
+    The kept epoch's metrics are logged once more, one step after the last epoch, so that MLflow
+    shows them as those of the run.
+    """
     result, decisions = fitted.result, fitted.plan.decisions
     mlflow.log_params(
         {
@@ -137,6 +142,7 @@ def fit(fitted: Fit) -> None:
         | {f"best_{key}": value for key, value in result.best.items()}
         | asdict(fitted.point)
     )
+    mlflow.log_metrics(result.best, step=fitted.plan.parameters.epochs + 1)
     curves = figures.learning_curves(fitted.plan.name, result.history, result.best_epoch)
     mlflow.log_figure(curves, "learning_curves.png")
 
@@ -219,15 +225,16 @@ def decision(said: str) -> None:
 
 def training(run_id: str) -> tuple[dict[str, str], dict[str, list[float]]]:
     """Return the parameters of a training run, and its metrics per epoch."""
-    client, run = MlflowClient(), mlflow.get_run(run_id)
-    names = ("loss", "accuracy", "val_loss", "val_accuracy")
-    curves = {name: client.get_metric_history(run_id, name) for name in names}
-    if not all(curves.values()):
-        return run.data.params, {}
-    return run.data.params, {
-        name: [one.value for one in sorted(values, key=lambda one: one.step)]
-        for name, values in curves.items()
-    }
+    run, names = mlflow.get_run(run_id), ("loss", "accuracy", "val_loss", "val_accuracy")
+    curves = {name: history(run, name) for name in names}
+    return run.data.params, curves if all(curves.values()) else {}
+
+
+def history(run: Run, metric: str) -> list[float]:
+    """Return a metric's values, epoch by epoch."""
+    values = MlflowClient().get_metric_history(run.info.run_id, metric)
+    epochs = int(run.data.params.get("epochs", 0))
+    return [one.value for one in sorted(values, key=lambda one: one.step) if one.step <= epochs]
 
 
 def page(html: str, table: str) -> str:
