@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from defect_detection import cli, settings  # noqa: E402
+from defect_detection import cli, progress, settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
 from defect_detection.pipeline import fit, record, tell  # noqa: E402
@@ -93,7 +93,8 @@ def main() -> None:
             record.plan(planned, split.training)
             report_epoch(planned, reporter, 0, {})
             on_epoch = partial(report_epoch, planned, reporter)
-            fitted = fit.fit(planned, split.training, record.device, on_epoch)
+            with progress.shown("Training", fit.costs([planned])) as shown:
+                fitted = fit.fit(planned, split.training, record.device, on_epoch, shown)
             record.fit(fitted)
             served = fit.to_served(fitted, split.training)
             trained = record.model(fitted, served, split.training.file(0).read_bytes())

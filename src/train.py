@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import PipelineError, cli, settings
+from defect_detection import PipelineError, cli, progress, settings
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.dataset.split import Split
+from defect_detection.evaluation import release
 from defect_detection.evaluation.labels import LabelError
 from defect_detection.pipeline import fit, record, tell
 from defect_detection.pipeline.best_model import BestModel
@@ -53,7 +54,7 @@ def main() -> None:
         print(split.leakage, flush=True)
         device = settings.device(env)
         sets = chosen(parameters, options.set)
-        print(splits.describe_defects(split))
+        print(release.describe_defects(split))
         if split.training.few_defects and not options.folds:
             sets = [replace(one, head="good") for one in sets if one.head != "map"] or sets[:1]
         plans = [plan(config, one, takes, cache, device) for one in sets]
@@ -111,18 +112,20 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
     trained = []
     tags = {TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     example = split.training.file(0).read_bytes()
-    for number, planned in enumerate(plans, start=1):
-        print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        said = f"The set {planned.name} of the configuration, fitted to {split.training}."
-        with record.run(experiment, planned.name, said, tags):
-            record.dataset(split.training, "training")
-            record.leakage(split)
-            record.plan(planned, split.training, set=planned.name)
-            fitted = fit.fit(planned, split.training, record.device, partial(report_epoch, planned))
-            record.fit(fitted)
-            report_label_errors(fit.label_errors(fitted, split.training))
-            served = fit.to_served(fitted, split.training)
-            trained.append(record.model(fitted, served, example))
+    data = split.training
+    with progress.shown("Training", fit.costs(plans)) as shown:
+        for number, planned in enumerate(plans, start=1):
+            print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
+            said = f"The set {planned.name} of the configuration, fitted to {data}."
+            with record.run(experiment, planned.name, said, tags):
+                record.dataset(data, "training")
+                record.leakage(split)
+                record.plan(planned, data, set=planned.name)
+                on_epoch = partial(report_epoch, planned)
+                fitted = fit.fit(planned, data, record.device, on_epoch, shown)
+                record.fit(fitted)
+                report_label_errors(fit.label_errors(fitted, data))
+                trained.append(record.model(fitted, fit.to_served(fitted, data), example))
     return trained
 
 
@@ -142,16 +145,17 @@ def cross_validate_sets(
     plans: list[FitPlan], split: Split, experiment: str, folds: int
 ) -> dict[str, list[Fold]]:
     """Cross-validate each set on the same folds and log it in a run of its own."""
-    validated = {}
-    for number, planned in enumerate(plans, start=1):
-        print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
-        said = f"The set {planned.name}, cross-validated by photograph on {split.training}."
-        with record.run(experiment, f"{planned.name} {folds} folds", said):
-            record.dataset(split.training, "training")
-            record.plan(planned, split.training, set=planned.name, folds=folds)
-            scored = fit.cross_validate(planned, split.training, folds, record.device, report_fold)
-            record.folds(scored)
-        validated[planned.name] = scored
+    validated, data = {}, split.training
+    with progress.shown("Cross-validation", fit.costs(plans, folds)) as shown:
+        for number, planned in enumerate(plans, start=1):
+            print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
+            said = f"The set {planned.name}, cross-validated by photograph on {data}."
+            with record.run(experiment, f"{planned.name} {folds} folds", said):
+                record.dataset(data, "training")
+                record.plan(planned, data, set=planned.name, folds=folds)
+                scored = fit.cross_validate(planned, data, folds, record.device, report_fold, shown)
+                record.folds(scored)
+            validated[planned.name] = scored
     return validated
 
 

@@ -6,19 +6,23 @@ is kept (`photograph_cache`).
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 
+from defect_detection import progress
 from defect_detection.dataset import photograph_cache
-from defect_detection.dataset.candidates import BLOCK, Pair, PairSearch
+from defect_detection.dataset.candidates import Pair, PairSearch
 from defect_detection.dataset.photograph_cache import PhotographCache
 
 log = logging.getLogger(__name__)
 
 FRUITLESS_ROUNDS = 3  # without a join, after which the search ends
+BLOCK = 64  # images, or pairs of images, at a time
+DESCRIPTION = 1.0  # cost of finding an image's keypoints, where that of a comparison is 1
 COMPARISONS = 8  # for each image, at most, so that the cost stays linear
 
 
@@ -43,20 +47,29 @@ def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
         if new:
             log.info("Comparing %d new images with %d", len(new), len(digests))
         started = time.perf_counter()
-        for start in range(0, len(new), BLOCK):
-            block = new[start : start + BLOCK]
-            known.keep_features(
-                block, photograph_cache.describe_files(contents[one] for one in block)
-            )
-        numbers = _group(digests, known)
+        costs = {"describe": DESCRIPTION * len(new), "compare": float(COMPARISONS * len(new))}
+        with progress.shown("Comparing images", costs) as shown:
+            for start in range(0, len(new), BLOCK):
+                _describe(new[start : start + BLOCK], contents, known)
+                shown.reached("describe", min(1, (start + BLOCK) / len(new)))
+            numbers = _group(digests, known, partial(shown.reached, "compare"))
         if new:
             seconds = time.perf_counter() - started
             log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
     return dict(zip(digests, numbers, strict=True))
 
 
-def _group(digests: Sequence[str], known: PhotographCache) -> list[int]:
-    """Compare likely pairs in rounds until no groups join any more; return numbers of groups."""
+def _describe(block: list[str], contents: Mapping[str, Path], known: PhotographCache) -> None:
+    known.keep_features(block, photograph_cache.describe_files(contents[one] for one in block))
+
+
+def _group(
+    digests: Sequence[str], known: PhotographCache, on_share: Callable[[float], None]
+) -> list[int]:
+    """Compare likely pairs in rounds until no groups join any more; return numbers of groups.
+
+    `on_share` is called with the share of the comparisons that are made at most.
+    """
     joined, place = DisjointSet(digests), {digest: i for i, digest in enumerate(digests)}
     tested: set[Pair] = set()
     for a, b, same in known.pairs():  # also through images that were deleted
@@ -76,16 +89,17 @@ def _group(digests: Sequence[str], known: PhotographCache) -> list[int]:
     new = [digest for digest in digests if digest not in searched]
     if new and len(digests) > 1:
         search = PairSearch(known, digests, new)
-        compared = fruitless = 0
-        while fruitless < FRUITLESS_ROUNDS and compared < COMPARISONS * len(new):
+        compared, most, fruitless = 0, COMPARISONS * len(new), 0
+        while fruitless < FRUITLESS_ROUNDS and compared < most:
             joins = 0
             pairs = search.propose(numbers(), tested)
-            for start in range(0, len(pairs), 64):
-                block = [(digests[i], digests[j]) for i, j in pairs[start : start + 64]]
+            for start in range(0, len(pairs), BLOCK):
+                block = [(digests[i], digests[j]) for i, j in pairs[start : start + BLOCK]]
                 # Skip pairs that have joined meanwhile.
                 block = [pair for pair in block if not joined.connected(*pair)]
                 tested.update((place[a], place[b]) for a, b in block)
                 compared += len(block)
+                on_share(min(1, compared / most))
                 for pair, same in zip(block, known.compare(block), strict=True):
                     joins += int(same and joined.merge(*pair))
             fruitless = 0 if joins else fruitless + 1

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from defect_detection.dataset.split import Dataset
 from defect_detection.evaluation import labels, metrics
 from defect_detection.evaluation.labels import LabelError
 from defect_detection.evaluation.metrics import Scores
+from defect_detection.progress import Progress
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint
 from defect_detection.runtime.model_files import ServedModel
@@ -18,12 +20,15 @@ from defect_detection.runtime.ood import OodDetector
 from defect_detection.settings import Decisions, FitParameters, Sampling
 
 EVIDENCE_OF = 64  # defective images that say what strong evidence is
+# Cost of a variant in an epoch, where that of a view of an image in the frozen layers is 1.
+VARIANT_COST = 0.02
 
 # TensorFlow takes 4 s to import, so it is imported after options, data and store are checked.
 if TYPE_CHECKING:
     import keras
 
     from defect_detection.training.devices import Device
+    from defect_detection.training.features import Features
     from defect_detection.training.fitting import TrainingResult
 
 
@@ -51,7 +56,28 @@ class FitPlan:
     quantize: str
     device: str
     good_only: bool = False
-    layers: Mapping[str, object] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def frozen(self) -> str:
+        """The name of its frozen layers; plans with the same ones share their features."""
+        known = {"good_only": self.good_only, **self.layers}
+        return f"features {[known.get(name) for name in ('blocks', 'views', 'good_only')]}"
+
+
+def costs(plans: list[FitPlan], fits: int = 1) -> dict[str, float]:
+    """Return what the features and the epochs of plans cost, in any unit, for `Progress`.
+
+    Args:
+        plans: in one training.
+        fits: to the same features, for each plan.
+    """
+    features = {one.frozen: one.layers.get("views", 2) * one.sampling.variants for one in plans}
+    epochs = {
+        one.name: fits * one.parameters.epochs * one.sampling.variants * VARIANT_COST
+        for one in plans
+    }
+    return features | epochs
 
 
 @dataclass(frozen=True)
@@ -74,6 +100,7 @@ def fit(
     data: Dataset,
     on_device: "Callable[[Device], None]",
     on_epoch: Callable[[int, dict[str, float]], None],
+    progress: Progress,
 ) -> Fit:
     """Fit a model to images and choose its operating point.
 
@@ -82,6 +109,7 @@ def fit(
         data: the images.
         on_device: is called with the device before the fit.
         on_epoch: is called after each epoch with its number, from 1, and its metrics.
+        progress: has the parts of `costs`.
 
     Raises:
         PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
@@ -90,11 +118,14 @@ def fit(
     from defect_detection.training import (
         calibration,
         devices,
-        features,
         fitting,
         good_only,
         network,
     )
+
+    def each(epoch: int, values: dict[str, float]) -> None:
+        on_epoch(epoch, values)
+        progress.reached(plan.name, epoch / plan.parameters.epochs)
 
     _require_photographs(plan, data.labels, data.photographs)
     with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
@@ -102,17 +133,25 @@ def fit(
         fitting.make_deterministic(plan.parameters.seed)
         model = plan.make_model()
         network.require_contract(model)
-        computed = features.compute(model, data, plan.sampling)
+        computed = _features(plan, model, data, progress)
         if network.is_good_only(model):
             most = plan.decisions.max_overkill_rate
-            result = good_only.fit(model, computed, plan.parameters, most, on_epoch)
+            result = good_only.fit(model, computed, plan.parameters, most, each)
         else:
-            result = fitting.fit(model, computed, plan.parameters, on_epoch)
+            result = fitting.fit(model, computed, plan.parameters, each)
     found, share = result.held_out.probabilities, plan.decisions.review_share
     if result.good_only:
         return Fit(plan, result, calibration.around(ACCURACY_THRESHOLD, found, share))
-    labels, most = result.held_out.labels, plan.decisions.max_escape_rate
-    return Fit(plan, result, calibration.choose_operating_point(labels, found, most, share))
+    truth, most = result.held_out.labels, plan.decisions.max_escape_rate
+    return Fit(plan, result, calibration.choose_operating_point(truth, found, most, share))
+
+
+def _features(plan: FitPlan, model: "keras.Model", data: Dataset, progress: Progress) -> "Features":
+    from defect_detection.training import features
+
+    found = features.compute(model, data, plan.sampling, partial(progress.reached, plan.frozen))
+    progress.finished(plan.frozen)
+    return found
 
 
 def label_errors(fitted: Fit, data: Dataset) -> list[LabelError]:
@@ -168,6 +207,7 @@ def cross_validate(
     folds: int,
     on_device: "Callable[[Device], None]",
     on_fold: Callable[[Fold], None],
+    progress: Progress,
 ) -> list[Fold]:
     """Fit a model for each fold of the images and score it on the fold.
 
@@ -180,11 +220,12 @@ def cross_validate(
         folds: how many.
         on_device: is called with the device before the fits.
         on_fold: is called with each fold when it is scored.
+        progress: has the parts of `costs`.
 
     Raises:
         PipelineError: as `fit` raises it.
     """
-    from defect_detection.training import devices, features, fitting
+    from defect_detection.training import devices, fitting
 
     labels, photographs = data.labels, data.photographs
     divided = holdout.folds(labels, photographs, folds, plan.parameters.seed)
@@ -193,12 +234,13 @@ def cross_validate(
     scored = []
     with devices.chosen(plan.device, plan.make_model, data.images, labels) as device:
         on_device(device)
-        computed = features.compute(plan.make_model(), data, plan.sampling)
+        computed = _features(plan, plan.make_model(), data, progress)
         for number, (others, rows) in enumerate(divided, start=1):
             fitting.make_deterministic(plan.parameters.seed)
             fitted = fitting.fit(plan.make_model(), computed.among(others), plan.parameters)
             scored.append(_score(fitted, data, rows, number, folds))
             on_fold(scored[-1])
+            progress.reached(plan.name, number / folds)
     return scored
 
 

@@ -6,15 +6,15 @@ They are kept in a file from which a fit reads what it needs.
 
 import fcntl
 import hashlib
-import logging
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,8 +27,6 @@ from defect_detection.training import augmentation, network
 from defect_detection.training.augmentation import Augmentation
 from defect_detection.training.network import keras, tf
 
-log = logging.getLogger(__name__)
-
 BATCH = 16
 MOST_PLAIN = 1000  # images of a class without variation, for validation
 # Shares of the variants; a fit weighs both classes the same nevertheless.
@@ -36,7 +34,6 @@ GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
 GENTLE = 0.3  # share of the variants that are gentle
 FILES_KEPT = 3
 PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
-LOG_EVERY = 15  # seconds
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,12 @@ class Features:
         return self.choose(np.flatnonzero(np.isin(self.images, images)))
 
 
-def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
+def compute(
+    model: keras.Model,
+    data: Dataset,
+    sampling: Sampling,
+    on_share: Callable[[float], None] = lambda share: None,
+) -> Features:
     """Compute the features of a data set, or take them from the cache.
 
     Up to 1,000 images of each class are used without variation. Variants are drawn so that every
@@ -97,6 +99,7 @@ def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
         model: its frozen layers are run; for a model without, the variants are the features.
         data: images of the size that the model takes.
         sampling: how many variants, and where the features are kept.
+        on_share: is called with the share of the missing features that is computed, in [0, 1].
 
     Raises:
         PipelineError: the cache cannot be written, or the disk is too small for the features.
@@ -107,17 +110,9 @@ def compute(model: keras.Model, data: Dataset, sampling: Sampling) -> Features:
     height, width, channels = model.input_shape[1:] if layers is None else layers.output_shape[1:]
     shape = (len(planned.images), height, width, channels)
     path = sampling.cache / f"features-{_key(layers, data, planned, sampling.seed)}"
+    batches = partial(_batches, layers, data, planned, sampling.seed)
     try:
-        sampling.cache.mkdir(parents=True, exist_ok=True)
-        # One process at a time computes them; others wait for it and use them.
-        with path.with_suffix(PART).open("ab") as part:
-            fcntl.flock(part, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_size == _bytes(shape):
-                path.with_suffix(PART).unlink(missing_ok=True)
-            else:
-                _write(part, layers, data, planned, sampling.seed, shape)
-                path.with_suffix(PART).rename(path)
-            os.utime(path)  # used now
+        _complete(path, shape, batches, on_share)
     except OSError as error:
         raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
     return Features(
@@ -138,22 +133,44 @@ def _bytes(shape: tuple[int, int, int, int]) -> int:
     return 2 * math.prod(shape)
 
 
+def _complete(
+    path: Path,
+    shape: tuple[int, int, int, int],
+    batches: Callable[[int], Iterator[np.ndarray]],
+    on_share: Callable[[float], None],
+) -> None:
+    """Write what is missing of a file of values; `batches` yields it from a row on.
+
+    One process at a time computes values; others wait for it and use them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(PART).open("ab") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_size == _bytes(shape):
+            path.with_suffix(PART).unlink(missing_ok=True)
+        else:
+            _write(part, shape, batches, on_share)
+            path.with_suffix(PART).rename(path)
+        os.utime(path)  # used now
+
+
 def _write(
     part: BinaryIO,
-    layers: keras.Model | None,
-    data: Dataset,
-    planned: "_Plan",
-    seed: int,
     shape: tuple[int, int, int, int],
+    batches: Callable[[int], Iterator[np.ndarray]],
+    on_share: Callable[[float], None],
 ) -> None:
-    """Compute the values into a file, starting where an interrupted computation ended."""
+    """Write the values that an interrupted computation left to do."""
     cache, each = Path(part.name).parent, _bytes((1, *shape[1:]))
     _delete_old(cache)
     begun = part.seek(0, os.SEEK_END) // (BATCH * each) * BATCH
     part.truncate(begun * each)
     _require_room(cache, _bytes(shape) - begun * each)
-    for values in _batches(layers, data, planned, seed, begun):
+    done = begun
+    for values in batches(begun):
         part.write(np.ascontiguousarray(values, np.float16).data)
+        done += len(values)
+        on_share((done - begun) / (shape[0] - begun))
     part.flush()
     os.fsync(part.fileno())
 
@@ -251,9 +268,7 @@ def _batches(
         return tf.cast(images if layers is None else layers(images, training=False), tf.float16)
 
     run = tf.function(run, reduce_retracing=True, autograph=False)
-    count = len(planned.images)
-    said = started = time.monotonic()
-    for start in range(begun, count, BATCH):
+    for start in range(begun, len(planned.images), BATCH):
         rows = slice(start, start + BATCH)
         yield run(
             data.images[planned.images[rows]],
@@ -262,11 +277,6 @@ def _batches(
             planned.gentle[rows],
             tf.constant([seed, start], tf.int64),
         ).numpy()
-        if time.monotonic() - said > LOG_EVERY:
-            said = time.monotonic()
-            done = min(start + BATCH, count)
-            left = (said - started) * (count - done) / (done - begun)
-            log.info("Features of images: %d of %d, %.0f s to go", done, count, left)
 
 
 def _require_room(cache: Path, needed: int) -> None:
