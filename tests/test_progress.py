@@ -11,7 +11,16 @@ from defect_detection.progress import Progress
 
 
 class Terminal(io.StringIO):
-    """Collects what is written to a terminal."""
+    """One of the streams that write to a terminal."""
+
+    def __init__(self, screen: list[str]):
+        """Write to `screen`."""
+        super().__init__()
+        self._screen = screen
+
+    def write(self, text):
+        self._screen.append(text)
+        return len(text)
 
     def isatty(self):
         return True
@@ -53,14 +62,14 @@ def test_without_a_terminal_a_line_says_how_long_it_will_take(monkeypatch, caplo
 
 def test_lines_stand_above_the_bar(monkeypatch):
     """Whole lines are written after the bar is wiped; the bar is gone in the end."""
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(sys, "stdout", screen)
+    screen: list[str] = []
+    monkeypatch.setattr(sys, "stderr", Terminal(screen))
+    monkeypatch.setattr(sys, "stdout", Terminal(screen))
     with progress.shown("Training", {"a": 1.0}) as shown:
         shown.reached("a", 0.5)
         print("epoch", 1)
         shown.reached("a", 1.0)
-    text = screen.getvalue()
+    text = "".join(screen)
     assert "Training" in text and "to go" in text
     before, after = text.split("epoch 1\n")
     assert before.endswith("\r")  # wiped, and back at the start of the line

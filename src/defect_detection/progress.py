@@ -93,7 +93,7 @@ class _Above(io.StringIO):
 
         *lines, self._line = (self._line + text).split("\n")
         if lines:
-            with tqdm.external_write_mode(self._stream):
+            with tqdm.external_write_mode(sys.stderr):
                 self._stream.write("".join(f"{line}\n" for line in lines))
         return len(text)
 

@@ -51,6 +51,11 @@ def test_one_class_alone_has_none(data):
     assert labels.likely_errors(data, rows, data.labels[rows], np.full(len(rows), 0.9)) == []
 
 
+def test_a_model_that_guesses_contradicts_no_label(data):
+    guesses = np.random.default_rng(2).random(40)
+    assert labels.likely_errors(data, np.arange(40), data.labels, guesses) == []
+
+
 def test_table_can_be_read_back(data):
     found = labels.likely_errors(data, np.arange(40), data.labels, judged(data, [3, 8]))
     rows = list(csv.DictReader(labels.table(found).splitlines()))

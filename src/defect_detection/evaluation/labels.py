@@ -6,9 +6,11 @@ import numpy as np
 
 from defect_detection.atomic import csv_text
 from defect_detection.dataset.split import Dataset
-from defect_detection.runtime.decision import NEGATIVE, POSITIVE
+from defect_detection.evaluation import metrics
+from defect_detection.runtime.decision import ACCURACY_THRESHOLD, NEGATIVE, POSITIVE
 
 FILE = "label_errors.csv"  # the artifact's name
+TRUSTED_RANKING = 0.9  # ROC AUC from which a model may contradict labels
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ def likely_errors(
     """Find likely label errors by confident learning (Northcutt et al., JAIR 2021).
 
     An image counts if the other class is at least as probable for it as it is on average for the
-    images of that class. The least confident label comes first.
+    images of that class. The least confident label comes first. Models that rank the images badly
+    contradict many labels for no reason; they find none.
 
     Args:
         data: the training images.
@@ -42,7 +45,8 @@ def likely_errors(
         labels: (n,), 1 = defect.
         probabilities: (n,) of a defect, by the fit that held each image out.
     """
-    if len(set(labels)) < 2:
+    ranking = metrics.score(labels, probabilities, ACCURACY_THRESHOLD).roc_auc
+    if not ranking >= TRUSTED_RANKING:  # NaN for one class alone
         return []
     of_defect = np.stack([1 - probabilities, probabilities], axis=1)
     usual = np.array([of_defect[labels == label, label].mean() for label in (0, 1)])
