@@ -22,6 +22,7 @@ from defect_detection.runtime.decision import (
 )
 
 PAIRS_SHOWN = 12
+LINEAR = 10  # images of a bar up to which the scale of a histogram is linear
 # Readable on white and on black.
 TRAINING, VALIDATION, QUIET = "#5b7fae", "#d1622b", "#8a8a8a"
 RIGHT, WRONG = "#4a8fd0", "#d1622b"
@@ -134,8 +135,12 @@ def histogram(labels: np.ndarray, probabilities: np.ndarray, point: OperatingPoi
     bins = np.linspace(0, 1, 41).tolist()
     for label, name, colour in ((0, CLASSES[1], RIGHT), (1, CLASSES[0], WRONG)):
         axes.hist(probabilities[labels == label], bins, color=colour, alpha=0.6, label=name)
-    axes.set_yscale("symlog", linthresh=10)
-    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=10, subs=(1, 2, 5)))
+    if axes.get_ylim()[1] > LINEAR:
+        axes.set_yscale("symlog", linthresh=LINEAR)
+        ticks = SymmetricalLogLocator(base=10, linthresh=LINEAR, subs=(1, 2, 5))
+        axes.yaxis.set_major_locator(ticks)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
     if point.review_high > point.review_low:
         axes.axvspan(

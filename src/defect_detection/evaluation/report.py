@@ -34,7 +34,7 @@ from defect_detection.runtime.decision import (
 FILE = "report.html"  # the artifact's name
 TEMPLATE = Path(__file__).with_name("report.html")
 MISTAKES_SHOWN = 12  # photographs of each kind
-RIGHT_SHOWN = 4  # of each class
+RIGHT_SHOWN = 3  # of each class
 SHOWN_SIDE = 224  # pixels
 TABLE = "images.csv"  # the artifact's name
 TABLE_COLUMNS = (
