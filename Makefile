@@ -15,7 +15,7 @@ setup: .venv/.installed
 
 pipeline: .venv/.installed
 ifeq ($(DATA)$(DATA_PATH),)
-	@find data/train -type f ! -name '.*' 2>/dev/null | grep -q . || $(PYTHON) data/sample.py
+	@$(PYTHON) data/sample.py --if-empty
 endif
 	$(PYTHON) src/train.py $(ARGS)
 	$(PYTHON) src/evaluation.py $(ARGS)

@@ -19,6 +19,7 @@ COUNTS = {
     "test": {"def_front": 100, "ok_front": 80},
 }
 PREFIX = "synthetic_"
+IMAGES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
 
 
 def main() -> None:
@@ -30,13 +31,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--if-empty", action="store_true", help="do nothing if there are images already"
+    )
     options = parser.parse_args()
-    foreign = [
-        path
-        for split in COUNTS
-        for path in (options.out / split).rglob("*")
-        if path.is_file() and not path.name.startswith((PREFIX, "."))
-    ]
+    images = [path for path in options.out.rglob("*") if path.suffix.lower() in IMAGES]
+    if images and options.if_empty:
+        return
+    foreign = [path for path in images if not path.name.startswith((PREFIX, "."))]
     if foreign:
         sys.exit(
             f"error: {foreign[0]} is not synthetic. Nothing was drawn: give another folder "

@@ -29,11 +29,11 @@ from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa
 from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
 from defect_detection.service.jobs import Reporter  # noqa: E402
 from defect_detection.settings import (  # noqa: E402
-    Color,
     Config,
     FitParameters,
     HyperParameters,
     MLflowNames,
+    ModelParameters,
     RetrainConfig,
     RetrainOverrides,
 )
@@ -50,11 +50,13 @@ class Start:
 
     Attributes:
         version: to fine-tune, None to fit a new model.
-        takes: the pixels that it takes.
+        source: the version in words, or that the model is new.
+        takes: the pixels that the model takes.
         good_only: whether there are too few defects to learn from.
     """
 
     version: Version | None
+    source: str
     takes: ImageFormat
     good_only: bool
 
@@ -69,26 +71,24 @@ def main() -> None:
     config = settings.read_config(options.config)
     own = settings.read_yaml(RETRAIN_FILE, RetrainConfig)
     names = own.mlflow.of(config.product)
-    folder = DataFolder.choose(options.data, env, config, own.paths.data_path)
+    folder = DataFolder.choose(options, env, config, own.paths.data_path)
     device, reporter = settings.device(env), Reporter(env)
-    rules = Rules(names, config.decisions, promotion.actor(env))
+    promote = cli.command("src/promote.py", options, ["config"])
+    rules = Rules(names, config.decisions, promotion.actor(env), promote)
     evaluation = EvaluationPlan(rules, prefix="test_")
 
     with store.connected(settings.tracking_uri(env)):
         experiment = store.open_experiment(names.experiment_name)
         examples = folder.examples(own.inference_examples, print)
-        start = choose_start(names)
-        source = describe(start, names)
-        print(f"Starting from {source}", flush=True)
-        takes = choose_format(start, folder, own, config.model_parameters.color)
+        version = choose_version(names)
+        takes = choose_format(version, folder, own, config.model_parameters)
         split = splits.load(folder, takes)
-        print(split.leakage, flush=True)
-        planned = plan(
-            config, own, overrides, Start(start, takes, split.training.few_defects), device
-        )
-        said = f"A retraining from {source} on {split.training}, judged on {split.testing}."
+        start = choose_start(version, names, takes, split.training.few_defects)
+        print(f"Starting from {start.source}\n{split.leakage}", flush=True)
+        planned = plan(config, own, overrides, start, device)
+        said = f"A retraining from {start.source} on {split.training}, judged on {split.testing}."
         with record.run(experiment, "re-train", said):
-            record.started_from(source)
+            record.started_from(start.source)
             record.dataset(split.training, "training")
             record.plan(planned, split.training)
             report_epoch(planned, reporter, 0, {})
@@ -105,7 +105,7 @@ def main() -> None:
     reporter.result(version.name, version.number, version.acc)
 
 
-def choose_start(names: MLflowNames) -> Version | None:
+def choose_version(names: MLflowNames) -> Version | None:
     """Return the version to fine-tune, None to fit a new model."""
     waiting = versions.with_alias(names.testing_model_name, names.testing_model_alias)
     return waiting or versions.in_production(names.production_model_name)
@@ -121,16 +121,43 @@ def describe(start: Version | None, names: MLflowNames) -> str:
 
 
 def choose_format(
-    start: Version | None, folder: DataFolder, own: RetrainConfig, color: Color
+    version: Version | None, folder: DataFolder, own: RetrainConfig, shared: ModelParameters
 ) -> ImageFormat:
     """Return the pixels that the model takes: those that the version to fine-tune takes."""
-    if start is None:
-        return folder.image_format(own.model_parameters.image_size, color)
-    takes = saved_model.load_classifier(start.uri).takes
     configured = own.model_parameters.image_size
+    if version is None:
+        if configured != shared.image_size:
+            print(
+                f"A new model takes images of {configured[0]} x {configured[1]} (re_train.yaml), "
+                f"those of src/train.py {shared.image_size[0]} x {shared.image_size[1]}: neither "
+                f"replaces the other in production by itself"
+            )
+        return folder.image_format(configured, shared.color)
+    takes = saved_model.load_classifier(version.uri).takes
     if (takes.height, takes.width) != configured:
-        print(f"It takes images of {takes}; image_size {list(configured)} is for a new model")
+        print(
+            f"{version.uri} takes images of {takes}; image_size {list(configured)} is for a new "
+            f"model"
+        )
     return takes
+
+
+def choose_start(
+    version: Version | None, names: MLflowNames, takes: ImageFormat, good_only: bool
+) -> Start:
+    """Decide whether a version is fine-tuned; models of good parts alone are fitted anew."""
+    source = describe(version, names)
+    if version is None:
+        return Start(None, source, takes, good_only)
+    if good_only:
+        why = "there are too few defects to fine-tune it"
+        return Start(None, f"a new model and not {source}, since {why}", takes, good_only)
+    from defect_detection.training import network  # TensorFlow takes 4 s to import
+
+    if network.is_good_only(saved_model.load_keras(version.uri)):
+        why = "that learned from good parts alone"
+        return Start(None, f"a new model and not {source}, since {why}", takes, good_only)
+    return Start(version, source, takes, good_only)
 
 
 def plan(
@@ -142,6 +169,8 @@ def plan(
 ) -> FitPlan:
     """Return how the model is fitted."""
     shared, first = config.model_parameters, config.model_parameters.sets[0]
+    if start.good_only:
+        first = replace(first, head="good")
     parameters = replace(own.model_parameters, **overrides.given())
     if start.version is None and overrides.learning_rate is None:
         # The rate for fine-tuning is too low to fit a new model.
@@ -167,18 +196,11 @@ def plan(
 
 
 def make_model(start: Start, hyper: HyperParameters) -> "keras.Model":
-    """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`.
-
-    A model of good parts alone is not fine-tuned by defects, nor another one without them.
-    """
-    from defect_detection.training import network  # TensorFlow takes 4 s to import
+    """Load the Keras model to fine-tune, or build a new one with the layers of `hyper`."""
+    from defect_detection.training import network
 
     if start.version is not None:
-        loaded = saved_model.load_keras(start.version.uri)
-        if network.is_good_only(loaded) == start.good_only:
-            return loaded
-    if start.good_only:
-        hyper = replace(hyper, head="good")
+        return saved_model.load_keras(start.version.uri)
     return network.build(start.takes.shape, hyper)
 
 

@@ -42,14 +42,14 @@ def main() -> int:
     config = settings.read_config(options.config)
     parameters = config.model_parameters
     env = settings.environment()
-    folder = DataFolder.choose(options.data, env, config)
+    folder = DataFolder.choose(options, env, config)
     takes = folder.image_format(parameters.image_size, parameters.color)
 
     if options.resplit:
         written = split.resplit(folder, options.resplit, parameters.seed, takes)
         print(f"Written: {written}. Delete it to undo this.\n")
     found = audit.inspect(folder, takes)
-    print(audit.text(found))
+    print(audit.text(found, folder.command("src/audit.py", "--resplit", "0.2")))
     if options.json:
         with replace_atomically(options.json) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1) + "\n")

@@ -22,8 +22,9 @@ def main() -> None:
     options = cli.parser(__doc__, example).parse_args()
     env = settings.environment()
     config = settings.read_config(options.config)
-    folder = DataFolder.choose(options.data, env, config)
-    plan = EvaluationPlan(Rules(config.names, config.decisions, promotion.actor(env)))
+    folder = DataFolder.choose(options, env, config)
+    promote = cli.command("src/promote.py", options, ["config"])
+    plan = EvaluationPlan(Rules(config.names, config.decisions, promotion.actor(env), promote))
 
     with store.connected(settings.tracking_uri(env)):
         best = BestModel.read(config.best_model, cli.command("src/train.py", options))

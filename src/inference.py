@@ -1,7 +1,7 @@
 """Judge images with the model in production, Production_Reg@prod.
 
-Folders are searched with all folders below them for .jpeg, .jpg and .png files. Globs may be given
-in quotes. - reads one image from standard input. Without images, the two examples of
+Folders are searched with all folders below them for JPEG, PNG, BMP, TIFF and WebP files. Globs may
+be given in quotes. - reads one image from standard input. Without images, the two examples of
 src/config.yaml are judged.
 
 The exit code is 0 when all images were judged, 1 when one could not be read, and with
@@ -111,7 +111,8 @@ def ask_registry(options: Namespace) -> "Production":
     from defect_detection.inference.production import Production
 
     kept = settings.from_root(config.paths.cache)
-    return Production(settings.tracking_uri(env), config.names.production_model_name, kept)
+    names, uri = config.names, settings.tracking_uri(env)
+    return Production(uri, names.production_model_name, kept, names.testing_model_name)
 
 
 @cache
@@ -145,7 +146,7 @@ def find(options: Namespace) -> "Iterator[Item]":
     from defect_detection.dataset.folder import DataFolder
     from defect_detection.inference.judge import Item
 
-    folder = DataFolder.choose(options.data, env, config)
+    folder = DataFolder.choose(options, env, config)
     examples = folder.examples(config.inference_examples, log.info)
     return (Item(str(path), path) for path in examples)
 

@@ -41,7 +41,7 @@ def main() -> None:
     env = settings.environment()
     config = settings.read_config(options.config)
     cache = settings.from_root(config.paths.cache)
-    folder = DataFolder.choose(options.data, env, config)
+    folder = DataFolder.choose(options, env, config)
     best_file = config.best_model
     require_writable(best_file.parent)
 
@@ -55,8 +55,9 @@ def main() -> None:
         device = settings.device(env)
         sets = chosen(parameters, options.set)
         print(release.describe_defects(split))
-        if split.training.few_defects and not options.folds:
-            sets = [replace(one, head="good") for one in sets if one.head != "map"] or sets[:1]
+        if split.training.few_defects:
+            whole = [one for one in sets if one.head != "map"] or sets[:1]
+            sets = [replace(one, head="good") for one in whole]
         plans = [plan(config, one, takes, cache, device) for one in sets]
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment, options.folds))

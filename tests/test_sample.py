@@ -61,6 +61,15 @@ def test_pictures_of_ones_own_are_never_mixed_with_drawn_ones(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
 
 
+@pytest.mark.parametrize("own", ["good/a.png", "NG/b.JPG", "train/ok_front/c.tiff"])
+def test_nothing_is_drawn_beside_images_of_ones_own_in_any_layout(tmp_path, own):
+    (tmp_path / own).parent.mkdir(parents=True)
+    (tmp_path / own).write_bytes(b"an image")
+    assert run("--out", tmp_path).returncode == 1
+    assert run("--out", tmp_path, "--if-empty").returncode == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / own]
+
+
 def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = run("--out", tmp_path / "file")

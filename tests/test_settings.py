@@ -47,6 +47,19 @@ def test_misspelt_key_is_named_with_the_one_that_was_meant(broken):
     assert "model_parameters.varaints is not a known key, did you mean variants?" in message
 
 
+def test_a_key_that_is_written_wrongly_is_named_and_not_the_one_that_is_missing(broken):
+    def misspell(config: dict) -> None:
+        one = config["model_parameters"]["sets"][0]
+        one["epohcs"] = one.pop("epochs")
+
+    assert "epohcs is not a known key, did you mean epochs?" in broken(misspell)
+
+
+def test_product_that_is_no_name_is_told_which_characters_are(broken):
+    message = broken(lambda c: c.update(product="my tiles"))
+    assert 'product is "my tiles", expected a text of letters, digits, dots' in message
+
+
 def test_missing_key_is_named_with_what_is_expected(broken):
     message = broken(lambda c: c["model_parameters"].pop("variants"))
     assert "model_parameters.variants is missing, expected a whole number, at least 10" in message

@@ -6,9 +6,11 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from defect_detection import PipelineError
+
+DATA_OPTIONS = ("data", "config")
 
 
 def parser(docstring: str, example: str, data: bool = True) -> argparse.ArgumentParser:
@@ -35,10 +37,16 @@ def parser(docstring: str, example: str, data: bool = True) -> argparse.Argument
     return made
 
 
-def command(script: str, options: argparse.Namespace) -> str:
-    """Return how to call another script with the same data and configuration."""
+def command(script: str, options: argparse.Namespace, names: Sequence[str] = DATA_OPTIONS) -> str:
+    """Return how to call another script with the same data and configuration.
+
+    Args:
+        script: its path.
+        options: of this script.
+        names: of the options that the other script has too.
+    """
     words = ["python", script]
-    for name in ("data", "config"):
+    for name in names:
         if getattr(options, name, None):
             words += [f"--{name}", getattr(options, name)]
     return shlex.join(words)

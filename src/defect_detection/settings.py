@@ -31,6 +31,7 @@ DEVICES = ("auto", "cpu", "gpu")  # values of the variable DEVICE
 
 T = TypeVar("T")
 
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")  # errors of pydantic
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Name = Annotated[str, Field(min_length=1)]
 Product = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
@@ -364,10 +365,12 @@ def _dashed(name: str) -> str:
 
 
 def _explain(error: ValidationError, kind: type) -> str:
-    first = error.errors()[0]
+    # A misspelt key is also missing under its name: say how it was written.
+    found = error.errors()
+    first = next((one for one in found if one["type"] in UNKNOWN_KEY), found[0])
     key = ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in UNKNOWN_KEY:
         known = [f.name for f in fields(_type_at(kind, first["loc"][:-1]))]
         meant = get_close_matches(str(first["loc"][-1]), known, 1)
         if meant:
@@ -422,6 +425,8 @@ def _describe(kind: Any) -> str:
     if "enum" in schema:
         return "one of: " + ", ".join(schema["enum"])
     text = names[schema["type"]]
+    if "pattern" in schema:
+        return f"{text} of letters, digits, dots, dashes and underscores"
     if schema["type"] == "string":
         return f"{text} that is not empty"
     return ", ".join(

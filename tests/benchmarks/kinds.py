@@ -8,6 +8,7 @@ copy of the project. Prints a table and writes docs/benchmark.json.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ import kinds  # noqa: E402
 from defect_detection.registry import store, versions  # noqa: E402
 
 RESULTS = ROOT / "docs" / "benchmark.json"
+ENVIRONMENT = dict(os.environ)  # as it is before MLflow writes its store into it
 COUNTS = {"train": 100, "test": 100}
 DEFECTS = {
     "cell": "an area that stays darker",
@@ -54,7 +56,7 @@ def measure(kind: str, folder: Path) -> dict:
     shutil.copy(ROOT / ".env", project)
     for script in ("src/train.py", "src/evaluation.py"):
         command = [sys.executable, str(project / script), "--data", str(data)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
         if "train" in script:
             chosen = re.search(r"Best: (\w+)", done.stdout)[1]
     with store.connected(f"sqlite:///{project}/mlflow.db"):

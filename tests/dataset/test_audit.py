@@ -22,6 +22,7 @@ from drawings import encoded, photograph, variant
 
 TAKES = ImageFormat(32, 32)
 SCRIPT = "src/audit.py"
+RESPLIT = "python src/audit.py --resplit 0.2"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_clean_folder_is_clean(drawn, cache):
     }
     assert (len(found.photographs), found.usual_size) == (18, (120, 120))
     assert found.leaked == {"def_front": [], "ok_front": []}
-    said = audit.text(found)
+    said = audit.text(found, RESPLIT)
     assert said.startswith("Nothing found. No test image comes from a photograph that is also in")
     assert found.worst() == []
 
@@ -73,7 +74,7 @@ def test_planted_duplicate_is_found_and_named(data, cache):
     assert found.duplicates == [["test/def_front/again.jpeg", "train/def_front/2.jpeg"]]
     assert found.leaked == {"def_front": ["test/def_front/again.jpeg"], "ok_front": []}
     assert not found.clean
-    said = audit.text(found)
+    said = audit.text(found, RESPLIT)
     assert said.startswith("Do not trust an accuracy on this test set. 1 of 7 test images (14.3%")
     assert "test/def_front/again.jpeg  =  train/def_front/2.jpeg" in said
 
@@ -87,7 +88,7 @@ def test_planted_rotated_copy_is_found_and_named(data, cache):
     assert found.leaked == {"def_front": [], "ok_front": ["test/ok_front/turned.jpeg"]}
     assert ["test/ok_front/turned.jpeg", "train/ok_front/4.jpeg"] in found.photographs
     assert found.duplicates == []
-    assert "0 of 3 def_front, 1 of 4 ok_front" in audit.text(found)
+    assert "0 of 3 def_front, 1 of 4 ok_front" in audit.text(found, RESPLIT)
     assert found.worst() == [
         ("in test and in training", "test/ok_front/turned.jpeg", "train/ok_front/4.jpeg")
     ]
@@ -100,7 +101,7 @@ def test_planted_label_conflict_is_found_and_named(data, cache):
     found = inspect(data, cache)
     assert found.two_labels == [("train/def_front/same.jpeg", "train/ok_front/1.jpeg")]
     assert not found.clean
-    said = audit.text(found)
+    said = audit.text(found, RESPLIT)
     assert said.startswith("Look at these first: 1 with two labels.")
     assert "train/def_front/same.jpeg  and  train/ok_front/1.jpeg" in said
 
@@ -108,7 +109,7 @@ def test_planted_label_conflict_is_found_and_named(data, cache):
 def test_duplicates_and_odd_sizes_are_named_in_the_first_line(data, cache):
     shutil.copy(data / "train/def_front/2.jpeg", data / "train/def_front/again.jpeg")
     Image.new("L", (64, 48), 90).save(data / "test/def_front/small.png")
-    said = audit.text(inspect(data, cache))
+    said = audit.text(inspect(data, cache), RESPLIT)
     assert said.startswith("Look at these first: 1 in more than one file, 1 of an odd size. No")
 
 
@@ -121,7 +122,7 @@ def test_unreadable_empty_and_odd_sized_pictures_are_named(data, cache):
     assert len(found.unreadable) == 7
     assert ("train/ok_front/text.jpeg", "is none of JPEG, PNG, BMP, TIFF, WEBP") in found.unreadable
     assert found.odd_sized == [("test/def_front/small.png", 64, 48)]
-    said = audit.text(found)
+    said = audit.text(found, RESPLIT)
     assert "train/ok_front/empty0.png is empty (0 bytes)" in said
     assert "and 2 more" in said
     assert "1 are not 120 x 120 as most" in said
@@ -132,7 +133,7 @@ def test_training_alone_can_be_looked_at(data, cache):
     shutil.rmtree(data / "test")
     found = inspect(data, cache)
     assert (found.clean, found.leaked, list(found.pictures)) == (True, {}, ["train"])
-    assert "leaked" not in audit.text(found)
+    assert "leaked" not in audit.text(found, RESPLIT)
 
 
 def test_groups_of_the_users_own_are_used_as_they_are(data, cache):
@@ -144,7 +145,7 @@ def test_groups_of_the_users_own_are_used_as_they_are(data, cache):
     assert found.leaked["ok_front"] == [f"test/ok_front/{n}.jpeg" for n in range(3)]
     assert (
         "photographs   6, as groups.csv says for those it names; at most 4 images of one"
-        in audit.text(found)
+        in audit.text(found, RESPLIT)
     )
     loaded = split.load(DataFolder(data, cache), TAKES)
     training = loaded.training

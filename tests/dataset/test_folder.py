@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from PIL import Image
 
 from conftest import draw_folders
 from defect_detection import PipelineError, settings
-from defect_detection.dataset import split
-from defect_detection.dataset.folder import DataFolder
+from defect_detection.atomic import write_mapping
+from defect_detection.dataset import decoded, split
+from defect_detection.dataset.folder import SIDES, DataFolder
+from defect_detection.runtime import preprocessing
 from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import CONFIG_FILE, Config
 
@@ -23,7 +26,10 @@ TAKES = ImageFormat(32, 32)
 def configured(tmp_path: Path, data: Path) -> DataFolder:
     """`data` with the class folders of src/config.yaml."""
     config = settings.read_yaml(CONFIG_FILE, Config)
-    return replace(DataFolder.choose(str(data), {}, config), cache=tmp_path / "cache")
+    return replace(
+        DataFolder.choose(Namespace(data=str(data), config=None), {}, config),
+        cache=tmp_path / "cache",
+    )
 
 
 def rename(data: Path, side: str, **names: str) -> None:
@@ -148,3 +154,85 @@ def test_a_name_of_both_classes_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(PipelineError, match="classes: 'defect' is a name of both classes"):
         settings.read_yaml(tmp_path / "config.yaml", Config)
+
+
+def test_links_to_folders_are_followed_and_never_endlessly(folder, data, tmp_path):
+    elsewhere = tmp_path / "share"
+    shutil.move(data / "train" / "ok_front", elsewhere)
+    (data / "train" / "ok_front").mkdir()
+    (data / "train" / "ok_front" / "monday").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(data / "train" / "ok_front")
+    loaded = split.load(folder, TAKES).training
+    assert loaded.counts == {"def_front": 10, "ok_front": 10}
+    assert "train/ok_front/monday/part_000.jpeg" in loaded.paths
+
+
+def test_images_and_folders_beside_are_named(folder, data, caplog):
+    shutil.copy(data / "train" / "ok_front" / "part_000.jpeg", data / "train" / "loose.jpeg")
+    (data / "val").mkdir()
+    with caplog.at_level(logging.WARNING):
+        split.load(folder, TAKES)
+    assert "train: 1 images lie in no class folder and are ignored" in caplog.text
+    assert "val are neither train nor test and are ignored" in caplog.text
+
+
+def test_flat_folder_of_good_parts_alone_is_divided(flat, caplog):
+    shutil.rmtree(flat.path / "def_front")
+    loaded = split.load(flat, TAKES)
+    assert loaded.training.counts == {"def_front": 0, "ok_front": 16}
+    assert loaded.testing.counts == {"def_front": 0, "ok_front": 4}
+
+
+def test_the_only_defect_is_tested_with(flat):
+    for path in sorted((flat.path / "def_front").iterdir())[1:]:
+        path.unlink()
+    loaded = split.load(flat, TAKES)
+    assert loaded.training.counts == {"def_front": 0, "ok_front": 16}
+    assert loaded.testing.counts == {"def_front": 1, "ok_front": 4}
+
+
+def test_split_without_training_images_is_refused(folder):
+    paths = [folder.relative(path) for side in SIDES for path in folder.images_in(side)]
+    write_mapping(folder.split_file, "path", "split", dict.fromkeys(paths, "test"))
+    with pytest.raises(PipelineError, match=r"split\.csv names no training image"):
+        folder.image_format((32, 32), "auto")
+
+
+def test_calls_in_messages_name_folder_and_configuration(tmp_path):
+    (tmp_path / "my parts").mkdir()
+    config = settings.read_yaml(CONFIG_FILE, Config)
+    options = Namespace(data=str(tmp_path / "my parts"), config="tiles.yaml")
+    chosen = DataFolder.choose(options, {}, config)
+    expected = f"python src/audit.py --data '{tmp_path}/my parts' --config tiles.yaml"
+    assert chosen.command("src/audit.py") == expected
+
+
+def test_other_names_of_classes_give_another_digest(configured, data):
+    """Settings decide the labels, and figures of other labels must not be compared."""
+    (data / "train" / "ok_front").rename(data / "train" / "fair")
+    rated = [
+        replace(
+            configured, classes={"def_front": ["def_front", *bad], "ok_front": ["ok_front", *ok]}
+        )
+        for bad, ok in (([], ["fair"]), (["fair"], []))
+    ]
+    paths = sorted((data / "train" / "fair").iterdir())
+    first, second = (decoded.decode(one, paths, "train", TAKES) for one in rated)
+    assert first.labels.max() == 0 and second.labels.min() == 1
+    assert first.digest != second.digest
+
+
+@pytest.mark.parametrize(("highest", "bits"), [(1000, 10), (4000, 12), (9000, 14), (40000, 16)])
+def test_the_folder_decides_how_many_bits_count(tmp_path, highest, bits):
+    """A dark image among them is dark afterwards too."""
+    for name, level in (("def_front", highest), ("ok_front", highest // 16)):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((40, 40), level, np.uint16)).save(folder / "a.png")
+    takes = DataFolder(tmp_path, tmp_path / "cache").image_format((32, 32), "auto")
+    assert takes.bits == bits
+    light, dark = (
+        preprocessing.decode(tmp_path / "train" / name / "a.png", takes).mean()
+        for name in ("def_front", "ok_front")
+    )
+    assert light == highest * 256 // 2**bits and dark == pytest.approx(light / 16, abs=1)

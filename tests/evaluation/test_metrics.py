@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.stats import binom
+from scipy.stats import binom, hypergeom
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -173,18 +173,15 @@ def test_comparison_of_equals_is_the_same():
 
 
 def brute_force(table: list[list[int]]) -> float:
-    """Barnard's p-value by the definition: the largest over all shares that the groups may have."""
+    """Boschloo's p-value by the definition: the largest over all shares that the groups may have.
+
+    As extreme are the tables whose p-value by Fisher's test is not higher.
+    """
     (found, rejected), (missed, passed) = table
     first, second = found + missed, rejected + passed
-
-    def statistic(x, y):
-        share = (x + y) / (first + second)
-        spread = np.sqrt(share * (1 - share) * (1 / first + 1 / second))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.nan_to_num((x / first - y / second) / spread)
-
     x, y = np.mgrid[: first + 1, : second + 1]
-    as_extreme = statistic(x, y) >= statistic(found, rejected) - 1e-9
+    fisher = hypergeom.sf(x - 1, first + second, x + y, first)
+    as_extreme = fisher <= fisher[found, rejected] * (1 + 1e-9)
     shares = np.linspace(0.001, 0.999, 999)
     return max((binom.pmf(x, first, p) * binom.pmf(y, second, p))[as_extreme].sum() for p in shares)
 
@@ -192,17 +189,27 @@ def brute_force(table: list[list[int]]) -> float:
 @pytest.mark.parametrize(
     "table", [[[3, 0], [0, 3]], [[4, 1], [0, 3]], [[5, 4], [2, 6]], [[0, 0], [5, 9]]]
 )
-def test_barnards_test_is_that_of_its_definition_and_logs_nothing(table, caplog):
+def test_boschloos_test_is_that_of_its_definition_and_logs_nothing(table, caplog):
     with caplog.at_level("INFO"):
-        found = metrics.barnard_p_value(table)
+        found = metrics.p_value_of_more(table)
     assert found == pytest.approx(brute_force(table), abs=6e-3)
     assert not caplog.records
 
 
 def test_without_one_of_the_groups_nothing_is_shown():
-    assert metrics.barnard_p_value([[0, 3], [0, 5]]) == 1
+    assert metrics.p_value_of_more([[0, 3], [0, 5]]) == 1
 
 
-def test_large_groups_are_told_apart_by_their_bounds():
-    assert metrics.barnard_p_value([[900, 100], [100, 900]]) == 0
-    assert metrics.barnard_p_value([[500, 500], [500, 500]]) == 1
+@pytest.mark.parametrize("table", [[[10, 51], [0, 49]], [[8, 30], [2, 70]], [[50, 0], [50, 10]]])
+def test_a_model_that_helps_is_no_chance_however_few_parts_one_class_has(table):
+    assert metrics.p_value_of_more(table) < 0.003
+
+
+def test_large_groups_are_told_apart_by_fishers_test():
+    assert metrics.p_value_of_more([[900, 100], [100, 900]]) < 1e-9
+    assert 0.4 < metrics.p_value_of_more([[500, 500], [500, 500]]) < 0.6
+    almost = [[540, 480], [460, 520]]
+    with pytest.MonkeyPatch.context() as patch:
+        fisher = metrics.p_value_of_more(almost)
+        patch.setattr(metrics, "LARGEST_EXACT", 2_000_000)
+        assert metrics.p_value_of_more(almost) == pytest.approx(fisher, rel=0.2)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import Project, draw_folders
+from defect_detection import settings
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.evaluation import metrics, report
@@ -78,7 +79,8 @@ def write(drawn, asked=0.02, **changes) -> str:
         Repeatability(Rate(7, 120), Rate(5, 120)),
     )
     origin = changes.pop("origin", Origin("0123456789abcdef", "fedcba987654"))
-    return report.html(drawn, replace(registration, **changes), robustness, asked, origin)
+    decisions = replace(settings.read_config().decisions, max_escape_rate=asked)
+    return report.html(drawn, replace(registration, **changes), robustness, decisions, origin)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,10 +131,15 @@ def test_heatmaps_have_the_names_of_their_pictures(line, pictures, tmp_path):
     done = infer(line, next(pictures.rglob(names[0])), other, "--heatmaps", tmp_path / "two")
     assert done.returncode == 0
     stem = Path(names[0]).stem
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {
-        f"{stem}.jpeg.png",
-        f"{stem}-2.jpeg.png",
-    }
+    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(names) == 2 and names[1] == f"{stem}.jpeg.png"
+    assert re.fullmatch(rf"{stem}-[0-9a-f]{{8}}\.jpeg\.png", names[0])
+    # Nor does a later run, which draws each again into its own file.
+    before = (tmp_path / "two" / f"{stem}.jpeg.png").read_bytes()
+    infer(line, other, "--heatmaps", tmp_path / "two")
+    infer(line, next(pictures.rglob(names[1].removesuffix(".png"))), "--heatmaps", tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert (tmp_path / "two" / f"{stem}.jpeg.png").read_bytes() == before
 
 
 def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tmp_path):

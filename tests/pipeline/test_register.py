@@ -75,7 +75,8 @@ class Line:
             logged = MlflowClient().create_logged_model(experiment, source_run_id=run.info.run_id)
             trained = BestModel(run.info.run_id, logged.model_uri, 0.75, "digest", "now")
             evaluated = evaluate(model, self.split)
-            rules = Rules(self.names, replace(self.decisions, promotion=rule), "tester")
+            decisions = replace(self.decisions, promotion=rule)
+            rules = Rules(self.names, decisions, "tester", "python src/promote.py --config a.yaml")
             champions = Champions(self.split)
             version, decision = register(trained, evaluated, champions, rules)
             record.version(version, decision.compared(), decision.comparison)
@@ -241,9 +242,27 @@ def test_a_version_that_takes_other_images_does_not_replace_the_champion(line):
     second = line.register_model(model)
     assert not second.in_production and line.prod.number == 1
     assert "it takes images of 64 x 96, grey, version 1 of 32 x 32, grey" in second.decision
-    assert "python src/promote.py --version 2" in second.decision
+    assert "python src/promote.py --config a.yaml --version 2" in second.decision
     promotion.choose(second.version.name, 2, "larger images", "tester")
     assert line.prod.number == 2
+
+
+def test_a_version_below_the_accuracy_of_production_is_not_released(line):
+    """It waits for retraining, and the evaluation says what it lacks."""
+    first = line.register(40)
+    assert first.version.name == line.names.testing_model_name
+    assert first.version.tags["released"] == "false"
+    assert first.release.reasons[0] == "a test accuracy of 0.5000 is below 60%"
+
+
+def test_a_person_is_not_asked_about_a_version_that_is_not_released(line):
+    line.register(60)
+    model = Verdicts(np.full(80, 0.9))
+    model.takes = ImageFormat(64, 96)
+    line.names = replace(line.names, evaluation_threshold=0.4)
+    second = line.register_model(model)
+    assert not second.release.released and "and stays: it takes images of" in second.decision
+    assert "promote.py" not in second.decision
 
 
 def test_a_version_of_another_product_neither_replaces_nor_rescores_the_champion(line):

@@ -64,8 +64,29 @@ def test_other_modes_of_png_decode(mode):
 @pytest.mark.parametrize("bits", [12, 16])
 def test_twelve_and_sixteen_bits_keep_their_shades(kind, bits):
     deep = Image.fromarray(np.asarray(RAMP).astype(np.uint16) * 2 ** (bits - 8))
-    decoded = preprocessing.decode(encode(deep, kind), ImageFormat(64, 64, fit="stretch"))
+    takes = ImageFormat(64, 64, fit="stretch", bits=bits)
+    decoded = preprocessing.decode(encode(deep, kind), takes)
     np.testing.assert_allclose(decoded[30, :, 0], np.linspace(0, 249, 64), atol=3)
+
+
+def test_levels_beyond_the_bits_are_white(tmp_path):
+    bright = encode(Image.fromarray(np.full((32, 32), 5000, np.uint16)), "PNG")
+    assert (preprocessing.decode(bright, ImageFormat(32, 32, bits=12)) == 255).all()
+    (tmp_path / "a.png").write_bytes(bright)
+    assert preprocessing.bits_of(tmp_path / "a.png") == 14
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((32, 32), 0.5, np.float32), "grey levels of floating point"),
+        (np.full((32, 32), 70000, np.int32), "grey levels outside 0 to 65535"),
+        (np.full((32, 32), -1, np.int32), "grey levels outside 0 to 65535"),
+    ],
+)
+def test_levels_that_are_no_grey_levels_are_refused(pixels, message):
+    with pytest.raises(UnreadableImage, match=message):
+        preprocessing.decode(encode(Image.fromarray(pixels), "TIFF"), SMALL)
 
 
 def test_picture_lying_on_its_side_is_turned_upright():

@@ -446,3 +446,9 @@ def test_a_model_without_the_layers_is_refused_before_the_fit():
     with pytest.raises(PipelineError, match=expected):
         network.require_contract(other)
     network.require_contract(build("map"))
+    features = keras.layers.Conv2D(4, 1, name=network.FEATURES)(inputs)
+    found = keras.layers.Conv2D(1, 1, name=network.MAP)(features)
+    pooled = keras.layers.GlobalMaxPooling2D()(found)
+    judged = keras.layers.Dense(1, name=network.PROBABILITY)(pooled)
+    with pytest.raises(PipelineError, match="and no layer standardised"):
+        network.require_contract(keras.Model(inputs, judged))

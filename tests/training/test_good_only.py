@@ -62,7 +62,21 @@ def test_threshold_rejects_as_many_held_out_good_parts_as_were_asked_for(fitted)
     result, _ = fitted
     good = result.held_out.probabilities[result.held_out.labels == 0]
     assert len(good) == 40 and result.good_only
-    assert (good > 0.5).mean() == pytest.approx(OVERKILL, abs=0.03)
+    assert OVERKILL - 0.05 <= (good >= 0.5).mean() <= OVERKILL
+
+
+@pytest.mark.parametrize(("count", "most", "rejected"), [(12, 0.1, 1), (20, 0.1, 2), (9, 0, 0)])
+def test_limit_rejects_no_more_than_was_asked_for(count, most, rejected):
+    surprise = np.random.default_rng(0).permutation(count).astype(float)
+    limit = good_only._limit(surprise, np.ones(count), most)
+    assert (surprise >= limit).sum() == rejected
+    assert np.abs(surprise - limit).min() >= 0.5  # rounding decides about none
+
+
+def test_limit_counts_photographs_and_not_images():
+    surprise, photographs = np.array([1.0, 2, 3, 9, 9, 9]), np.array([0, 1, 2, 3, 3, 3])
+    weights = 1 / np.bincount(photographs)[photographs]
+    assert 3 < good_only._limit(surprise, weights, 0.25) < 9
 
 
 def test_defects_are_found_without_having_seen_one(fitted, pictures):

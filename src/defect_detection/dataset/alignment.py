@@ -267,7 +267,7 @@ def _grain(a: np.ndarray, b: np.ndarray, overlap: np.ndarray) -> float:
     edges = np.any([np.abs(band) > limit for band, limit in zip(bands, limits, strict=True)], 0)
     where = _exposed(a, b, overlap) & (cv2.dilate(edges.astype(np.uint8), np.ones((3, 3))) == 0)
     if where.sum() < LEAST_GRAINY:
-        return 1.0  # overexposed nearly everywhere: the other measures decide
+        return 1.0  # overexposed, or edges nearly everywhere: the other measures decide
     a, b = (band[where] - band[where].mean() for band in bands)
     return _correlation(a, b)
 

@@ -1,7 +1,6 @@
 """Finds what is wrong with a data folder before anything is trained on it."""
 
 import os
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,12 +72,12 @@ class Audit:
 
 
 def inspect(folder: DataFolder, wanted: ImageFormat) -> Audit:
-    """Inspect `train` and, if it exists, `test`.
+    """Inspect the folders `train` and `test`, those of them that are here, or a flat folder.
 
     Raises:
         PipelineError: a class folder is missing or empty, or a CSV file lacks an image.
     """
-    sides = list(SIDES) if folder.split_file.exists() else folder.sides or ["train"]
+    sides = list(SIDES) if folder.split_file.exists() else folder.sides
     every = read(folder, {side: folder.images(side) for side in sides}, wanted)
     by_photograph, by_content = defaultdict(list), defaultdict(list)
     for data in every:
@@ -119,12 +118,12 @@ def _leaked(folder: DataFolder, every: list[Dataset]) -> dict[str, list[str]]:
     return {name: [p for p in paths if folder.class_of(p) == name] for name in CLASSES}
 
 
-def text(audit: Audit) -> str:
-    """Return an audit as text, the conclusion first."""
-    lines = [_verdict(audit), ""]
+def text(audit: Audit, resplit: str) -> str:
+    """Return an audit as text, the conclusion first; `resplit` is the call that makes a split."""
+    lines = [_verdict(audit, resplit), ""]
     lines += [f"{'images':14}" + "".join(f"{name:>12}" for name in CLASSES)]
     for split, counts in audit.pictures.items():
-        lines.append(f"  {split:12}" + "".join(f"{counts[name]:12}" for name in CLASSES))
+        lines.append(f"  {split or 'all':12}" + "".join(f"{counts[name]:12}" for name in CLASSES))
     if audit.split_file:
         lines.append(f"  as {SPLIT_FILE} says; delete it to use the folders")
     how = (
@@ -161,14 +160,13 @@ def text(audit: Audit) -> str:
     return "\n".join(lines)
 
 
-def _verdict(audit: Audit) -> str:
+def _verdict(audit: Audit, resplit: str) -> str:
     testing = sum(audit.pictures.get("test", {}).values())
     leaked = sum(map(len, audit.leaked.values()))
     if leaked:
-        again = f"python src/audit.py --data {shlex.quote(audit.folder)} --resplit 0.2"
         return (
             f"Do not trust an accuracy on this test set. {describe_leakage(leaked, testing)}\n"
-            f"For a clean split: {again}"
+            f"For a clean split: {resplit}"
         )
     found = [
         f"{len(paths)} {what}"
@@ -181,6 +179,8 @@ def _verdict(audit: Audit) -> str:
         if paths
     ]
     start = "Look at these first: " + ", ".join(found) if found else "Nothing found"
+    if not testing:
+        return f"{start}. There are no test images yet, so nothing is known of leakage."
     return f"{start}. {describe_leakage(leaked, testing)}"
 
 

@@ -80,7 +80,7 @@ def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat
     """
     names = [folder.relative(path) for path in paths]
     contents = [hashlib.sha256(_content(path)).hexdigest() for path in paths]
-    digest = _digest(names, contents)
+    digest = _digest([_with_class(folder, name) for name in names], contents)
     stem = folder.cache / f"{side}-{digest[:16]}-{wanted.key}"
     skipped = _cached(stem, len(paths), wanted)
     if skipped is None:
@@ -102,6 +102,12 @@ def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat
         digest=digest,
         skipped=skipped,
     )
+
+
+def _with_class(folder: DataFolder, name: str) -> str:
+    """Return a path, and its class if no folder of it has that name: settings may change it."""
+    label = folder.class_of(name)
+    return name if label in name.split("/") else f"{name} is {label}"
 
 
 def _digest(names: list[str], contents: list[str]) -> str:

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import shlex
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,15 +43,21 @@ class DataFolder:
             class folders.
         cache: folder of decoded images and of the photographs that were found.
         classes: names of the folders of each class, whatever their case.
+        configured: options that name the configuration, for calls in messages.
     """
 
     path: Path
     cache: Path
     classes: Mapping[str, Sequence[str]] = field(default_factory=lambda: {n: [n] for n in CLASSES})
+    configured: tuple[str, ...] = ()
 
     @classmethod
     def choose(
-        cls, option: str | None, env: Mapping[str, str], config: Config, configured: str = ""
+        cls,
+        options: Namespace,
+        env: Mapping[str, str],
+        config: Config,
+        default: str = "",
     ) -> "DataFolder":
         """Choose the folder: the option `--data`, the variable DATA_PATH, the configuration.
 
@@ -57,25 +65,30 @@ class DataFolder:
         from the project's root.
 
         Args:
-            option: as it was given.
+            options: `--data` and `--config` as they were given.
             env: the environment.
             config: names the folder, the cache and the class folders.
-            configured: another default folder than that of `config`.
+            default: another default folder than that of `config`.
 
         Raises:
             PipelineError: the folder does not exist.
         """
         path = (
-            Path(option)
-            if option
-            else from_root(env.get("DATA_PATH", configured or config.paths.data_path))
+            Path(options.data)
+            if options.data
+            else from_root(env.get("DATA_PATH", default or config.paths.data_path))
         )
         if not path.is_dir():
             raise PipelineError(
                 f"{path} is not a folder. Name one with --data or DATA_PATH, or run 'make sample'"
             )
         classes = {POSITIVE: config.classes.defect, NEGATIVE: config.classes.ok}
-        return cls(path.resolve(), from_root(config.paths.cache), classes)
+        configured = ("--config", options.config) if options.config else ()
+        return cls(path.resolve(), from_root(config.paths.cache), classes, configured)
+
+    def command(self, script: str, *more: str) -> str:
+        """Return how to call a script with this folder."""
+        return shlex.join(["python", script, "--data", str(self), *self.configured, *more])
 
     def __str__(self) -> str:
         """Return the path."""
@@ -136,6 +149,9 @@ class DataFolder:
                 )
         if others:
             _warn(f"{root}: {', '.join(others)} are no class folders and are ignored")
+        loose = sum(preprocessing.is_image(p.name) for p in root.iterdir() if p.is_file())
+        if loose:
+            _warn(f"{root}: {loose} images lie in no class folder and are ignored")
         return found
 
     def images(self, side: str) -> list[Path]:
@@ -156,7 +172,7 @@ class DataFolder:
             if named.get(name) not in SIDES:
                 raise PipelineError(
                     f"{self.split_file} does not say whether {name} is train or test. Run "
-                    f"'python src/audit.py --data {self.path} --resplit 0.2' again, or delete the "
+                    f"'{self.command('src/audit.py', '--resplit', '0.2')}' again, or delete the "
                     f"file"
                 )
             if named[name] == side:
@@ -169,6 +185,8 @@ class DataFolder:
         Raises:
             PipelineError: a class folder is missing or empty.
         """
+        if side:
+            self._name_other_folders()
         if not (self.path / side).is_dir():
             raise PipelineError(
                 f"{self.path / side} does not exist. See data/README.md, or run 'make sample'"
@@ -178,6 +196,13 @@ class DataFolder:
             for name, folders in self.class_folders(side).items()
             for path in _images(folders, optional=name == POSITIVE)
         ]
+
+    def _name_other_folders(self) -> None:
+        """Say which folders lie beside `train` and `test`."""
+        beside = (p.name for p in self.path.iterdir() if p.is_dir() and p.name not in SIDES)
+        others = sorted(name for name in beside if not name.startswith((".", "_")))
+        if others:
+            _warn(f"{self.path}: {', '.join(others)} are neither train nor test and are ignored")
 
     def describe(self, counts: Mapping[str, int]) -> str:
         """Return counts of the classes in words, with the names of their folders."""
@@ -199,6 +224,8 @@ class DataFolder:
             PipelineError: there are no training images.
         """
         paths = self.images_in("") if self.flat else self.images("train")
+        if not paths:
+            raise PipelineError(f"{self.split_file} names no training image. Delete it")
         some = [paths[i] for i in np.linspace(0, len(paths) - 1, LOOKED_AT).astype(int)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = [one for one in pool.map(_look_at, dict.fromkeys(some)) if one is not None]
@@ -213,7 +240,8 @@ class DataFolder:
                 "image_size: [%d, %d] in src/config.yaml would lose less detail",
                 *(usual, width, height, max(tall, 32), max(wide, 32)),
             )
-        return ImageFormat(height, width, 3 if color == "auto" and coloured else 1)
+        bits = max((one.bits for one in looks if one.bits > 8), default=16)
+        return ImageFormat(height, width, 3 if color == "auto" and coloured else 1, bits=bits)
 
     def examples(
         self, configured: InferenceExamples, say: Callable[[str], None]
@@ -254,16 +282,18 @@ class _Look:
 
     aspect: float  # width by height
     coloured: bool
+    bits: int  # of a grey level
 
 
 def _look_at(path: Path) -> _Look | None:
     """Look at a small copy of an image; None if it cannot be decoded."""
     try:
         pixels = preprocessing.decode_within(path, 128, channels=3).astype(int)
+        bits = preprocessing.bits_of(path)
     except UnreadableImage:
         return None
     colour = pixels.max(-1) - pixels.min(-1) > COLOURFUL
-    return _Look(pixels.shape[1] / pixels.shape[0], bool(colour.mean() > COLOURED_PIXELS))
+    return _Look(pixels.shape[1] / pixels.shape[0], bool(colour.mean() > COLOURED_PIXELS), bits)
 
 
 def _images(folders: list[Path], optional: bool) -> list[Path]:
@@ -275,10 +305,7 @@ def _images(folders: list[Path], optional: bool) -> list[Path]:
     found: list[Path] = []
     others: Counter[str] = Counter()
     for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if hidden or path.is_dir():
-                continue
+        for path in map(Path, preprocessing.files_below(str(folder))):
             if preprocessing.is_image(path.name):
                 found.append(path)
             else:

@@ -21,11 +21,18 @@ def hold_out(
         seed: decides which photographs.
 
     Returns:
-        Sorted indices of the remaining and of the held-out images, both int64.
+        Sorted indices of the remaining and of the held-out images, both int64. A single photograph
+        of defects is held out.
 
     Raises:
-        PipelineError: a class has too few photographs to have one on each side.
+        PipelineError: there are too few photographs of good parts to have one on each side.
     """
+    of_defects = np.unique(photographs[labels == 1])
+    if len(of_defects) < 2:
+        of_good = photographs[labels == 0]
+        testing = of_good[parts(of_good, share, seed)[0]]
+        inside = np.isin(photographs, [*testing, *of_defects])
+        return np.flatnonzero(~inside), np.flatnonzero(inside)
     for count in _counts(share):
         found = [
             (_distance(labels, rows[1], share), rows)

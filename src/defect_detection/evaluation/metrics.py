@@ -311,8 +311,8 @@ def bounds(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     return float(interval.low), float(interval.high)
 
 
-def barnard_p_value(table: list[list[int]]) -> float:
-    """Return the one-sided p-value of Barnard's exact test (1945).
+def p_value_of_more(table: list[list[int]]) -> float:
+    """Return the one-sided p-value of Boschloo's exact test (1970), for large groups Fisher's.
 
     Args:
         table: the columns are two groups, the rows how many have a property and how many do not.
@@ -320,18 +320,17 @@ def barnard_p_value(table: list[list[int]]) -> float:
     Returns:
         How likely at most the first group has the property that much more often by chance.
     """
-    from scipy.stats import barnard_exact
+    from scipy.stats import boschloo_exact, fisher_exact
 
-    (found, rejected), (missed, passed) = table
-    first, second = found + missed, rejected + passed
+    first, second = np.sum(table, axis=0)
     if not first or not second:
         return 1.0
-    if first * second > LARGEST_EXACT:  # takes minutes; bounds of each are exact too, and wider
-        return 0.0 if bounds(found, first)[0] > bounds(rejected, second)[1] else 1.0
+    if first * second > LARGEST_EXACT:  # where the two hardly differ
+        return float(fisher_exact(table, alternative="greater").pvalue)
     logged = logging.root.manager.disable
     logging.disable(logging.INFO)  # SciPy's optimiser logs its bounds
     try:
-        return float(barnard_exact(table, alternative="greater").pvalue)
+        return float(boschloo_exact(table, alternative="greater").pvalue)
     finally:
         logging.disable(logged)
 

@@ -1,5 +1,6 @@
 """Whether a version may go into production: what a plant needs beside a high accuracy."""
 
+import math
 from dataclasses import dataclass
 
 from defect_detection.dataset.split import FEW_DEFECTS, Split
@@ -63,10 +64,18 @@ def _photographs_of_defects(count: int) -> str:
     return f"{count or 'No'} photograph{'' if count == 1 else 's'} of defects"
 
 
-def judge(evaluation: Evaluation, decisions: Decisions) -> Release:
-    """Judge a version by photograph, since images of one photograph are not independent."""
-    rates = evaluation.photograph_error_rates
+def judge(evaluation: Evaluation, decisions: Decisions, least_accuracy: float) -> Release:
+    """Judge a version by photograph, since images of one photograph are not independent.
+
+    Args:
+        evaluation: of the version.
+        decisions: what the plant demands.
+        least_accuracy: test accuracy from which a version goes to production.
+    """
+    rates, accuracy = evaluation.photograph_error_rates, evaluation.scores.accuracy
     reasons = []
+    if accuracy < least_accuracy:
+        reasons.append(f"a test accuracy of {accuracy:.4f} is below {least_accuracy:.0%}")
     if decisions.refuse_chance and not rates.escapes.of:
         reasons.append("there is no defect among the test images, so nothing is known of escapes")
     elif decisions.refuse_chance and _by_chance(evaluation.photograph_scores):
@@ -84,14 +93,14 @@ def judge(evaluation: Evaluation, decisions: Decisions) -> Release:
 def _by_chance(scores: Scores) -> bool:
     """Return whether both classes may get the verdict defect equally often.
 
-    This is Barnard's exact test (1945) on one side: it asks whether the balanced accuracy is above
-    one half, whatever share of the parts the model rejects.
+    An exact test on one side asks whether the balanced accuracy is above one half, whatever share
+    of the parts the model rejects.
     """
     table = [
         [scores.defects_found, scores.ok_rejected],
         [scores.defects_missed, scores.ok_passed],
     ]
-    return metrics.barnard_p_value(table) >= CHANCE
+    return metrics.p_value_of_more(table) >= CHANCE
 
 
 def _beyond(rate: Rate, largest: float) -> bool:
@@ -124,7 +133,10 @@ def _advice(evaluation: Evaluation) -> tuple[str, ...]:
             f"larger images, if defects are smaller than a thirtieth of the image: image_size is "
             f"[{takes.height}, {takes.width}]"
         )
-    found.append("the labels: the report shows the worst mistakes, src/audit.py likely errors")
+    found.append(
+        "the labels: the worst mistakes are in the report, likely errors in label_errors.csv of "
+        "the training run"
+    )
     return tuple(found)
 
 
@@ -134,13 +146,18 @@ def diagnosis(evaluation: Evaluation, release: Release, report: str) -> str:
     lines = [
         "Not released, so it does not go into production:",
         *(f"  needed   {reason}" for reason in release.reasons),
-        f"  reached  balanced accuracy {scores.balanced_accuracy:.4f} at {ACCURACY_THRESHOLD}, ROC "
-        f"AUC {scores.roc_auc:.4f}; by photograph {rates.escapes.count} of {rates.escapes.of} "
-        f"defects pass and {rates.overkill.count} of {rates.overkill.of} good parts are rejected",
+        f"  reached  accuracy {scores.accuracy:.4f} at {ACCURACY_THRESHOLD}, balanced "
+        f"{_known(scores.balanced_accuracy)}, ROC AUC {_known(scores.roc_auc)}; by photograph "
+        f"{rates.escapes.count} of {rates.escapes.of} defects pass and {rates.overkill.count} of "
+        f"{rates.overkill.of} good parts are rejected",
         *(f"  try      {one}" for one in release.advice),
         f"  report   {report}",
     ]
     return "\n".join(lines)
+
+
+def _known(figure: float) -> str:
+    return "unknown" if math.isnan(figure) else f"{figure:.4f}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from defect_detection.runtime.decision import (
     POSITIVE,
     is_defect,
 )
+from defect_detection.settings import Decisions
 
 FILE = "report.html"  # the artifact's name
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -88,7 +89,7 @@ def html(
     evaluation: Evaluation,
     registration: Registration,
     robustness: Robustness,
-    max_escape_rate: float,
+    decisions: Decisions,
     origin: Origin,
 ) -> str:
     """Return the report as one page without external files.
@@ -97,7 +98,7 @@ def html(
         evaluation: the figures.
         registration: what became of the model.
         robustness: figures under disturbances.
-        max_escape_rate: what the plant allows.
+        decisions: what the plant demands.
         origin: of the evaluation.
     """
     scores, split = evaluation.scores, evaluation.split
@@ -112,13 +113,14 @@ def html(
         alias=PRODUCTION_ALIAS,
         plain=ACCURACY_THRESHOLD,
         accuracy=Rate(scores.defects_found + scores.ok_passed, scores.pictures),
-        asked=max_escape_rate,
-        light=_light(registration),
+        asked=decisions.max_escape_rate,
+        asked_overkill=decisions.max_overkill_rate,
+        light=_light(evaluation, registration),
         headline=_headline(evaluation, registration),
         optimistic=_optimistic(evaluation),
         right=_right(evaluation),
         parameters=origin.parameters,
-        kept=_kept(evaluation.photograph_error_rates.escapes, max_escape_rate),
+        kept=_kept(evaluation.photograph_error_rates.escapes, decisions.max_escape_rate),
         leakage=split.leakage,
         leaked=int(split.leaked.sum()),
         mistakes=_mistakes(evaluation),
@@ -132,11 +134,11 @@ def html(
     )
 
 
-def _light(registration: Registration) -> str:
+def _light(evaluation: Evaluation, registration: Registration) -> str:
     """Return the colour of the light: "good", "warn" or "bad"."""
     if not registration.release.released:
         return "bad"
-    return "good" if registration.in_production else "warn"
+    return "good" if registration.in_production and not _optimistic(evaluation) else "warn"
 
 
 def _headline(evaluation: Evaluation, registration: Registration) -> str:
@@ -145,6 +147,8 @@ def _headline(evaluation: Evaluation, registration: Registration) -> str:
     if not registration.release.released:
         return "Not released: " + "; ".join(registration.release.reasons) + "."
     passes = f"{rates.escapes.share:.1%} of the defective parts pass"
+    if not rates.escapes.of:
+        passes = "nothing is known of escapes"
     rejected = f"{rates.overkill.share:.1%} of the good parts are rejected"
     state = "in production" if registration.in_production else "not in production"
     known = ""
@@ -164,7 +168,7 @@ def _optimistic(evaluation: Evaluation) -> str:
     unseen = evaluation.unseen
     if unseen.pictures and not unseen.too_few and evaluation.leaked_accuracy <= unseen.accuracy:
         return ""
-    return "is" if unseen.pictures and evaluation.leaked_accuracy > unseen.accuracy else "may be"
+    return "may be" if unseen.too_few or not unseen.pictures else "is"
 
 
 def _figures(evaluation: Evaluation, origin: Origin) -> dict[str, str]:
@@ -191,6 +195,7 @@ def _scores(evaluation: Evaluation) -> str:
             "probabilities": [round(float(p), 6) for p in evaluation.probabilities],
             "defects": [int(label) for label in evaluation.labels],
             "threshold": evaluation.point.threshold,
+            "band": [evaluation.point.review_low, evaluation.point.review_high],
         }
     )
 
@@ -245,7 +250,7 @@ def _right(evaluation: Evaluation) -> list[tuple[str, list[Shown]]]:
 
 def _show(evaluation: Evaluation, row: int, others: int) -> Shown:
     testing, takes = evaluation.split.testing, evaluation.takes
-    image = preprocessing.decode_within(testing.file(row), SHOWN_SIDE, takes.channels)
+    image = preprocessing.decode_within(testing.file(row), SHOWN_SIDE, takes.channels, takes.bits)
     drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
     probability = float(evaluation.probabilities[row])
     return Shown(

@@ -48,7 +48,7 @@ def fetch(source: Source) -> LocalVersion:
     with store.connected(source.store):
         version = versions.in_production(source.name)
         if version is None:
-            raise PipelineError(_nothing_in_production(source.name))
+            raise PipelineError(_nothing_in_production(source))
         # Other stores count versions from 1 too, but no two versions have the same source.
         folder = source.models / f"{version.name}-{version.number}-{short_hash(version.source)}"
         if not folder.is_dir():
@@ -62,23 +62,34 @@ def fetch(source: Source) -> LocalVersion:
     return found
 
 
-def _nothing_in_production(name: str) -> str:
+def _nothing_in_production(source: Source) -> str:
     """Return why no version is in production, and what to do."""
     from defect_detection.registry import versions
 
-    start = f"No version of {name} has the alias {versions.PRODUCTION_ALIAS}"
-    held_back = [one for one in versions.with_accuracy(name) if not one.released]
-    if not held_back:
-        return (
-            f"{start}. Run 'python src/train.py', then 'python src/evaluation.py'; the test "
-            f"accuracy must reach evaluation_threshold of src/config.yaml"
-        )
-    newest = held_back[-1]
-    return (
-        f"{start}, since none is released. Version {newest.number}: {newest.why_not_released}. "
-        f"What to try is printed by 'python src/evaluation.py'; the report is report.html of the "
-        f"run {newest.tags.get(versions.EVALUATED_BY, 'unknown')}"
-    )
+    start = f"No version of {source.name} has the alias {versions.PRODUCTION_ALIAS}"
+    for name in filter(None, (source.name, source.testing)):
+        held_back = [one for one in versions.with_accuracy(name) if not one.released]
+        if held_back:
+            newest = held_back[-1]
+            return (
+                f"{start}, since none is released. {name} version {newest.number}: "
+                f"{newest.why_not_released}. What to try is in its report, {_report(newest)}"
+            )
+    return f"{start}. Train one with src/train.py, then evaluate it with src/evaluation.py"
+
+
+def _report(version: "Version") -> str:
+    """Return where the report of a version is."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from defect_detection.registry import versions
+
+    run = version.tags.get(versions.EVALUATED_BY, "unknown")
+    try:
+        return f"{mlflow.get_run(run).info.artifact_uri}/report.html"
+    except MlflowException:  # the run was deleted
+        return f"report.html of the run {run}"
 
 
 def _fetch_files(version: "Version", folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Judges images on all cores: a stream of images in, a stream of rows out."""
 
+import hashlib
+import io
 import itertools
 import logging
 import os
@@ -16,12 +18,15 @@ from defect_detection.inference.rows import Row
 from defect_detection.runtime.classifier import Classifier, Verdict
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from defect_detection.inference.production import Production
 
 log = logging.getLogger(__name__)
 
 CHUNK = 16  # images that a thread decodes and judges at a time
 HEATMAP_SIDE = 320  # pixels of the longer side
+SOURCE = "source"  # the field of a heatmap that says which image it shows
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,6 @@ class Heatmaps:
     def __init__(self, folder: Path):
         self._folder = folder
         self._lock = threading.Lock()
-        self._named: dict[str, str] = {}  # the image that has a name, by name
 
     def write(self, item: Item, verdict: Verdict, classifier: Classifier) -> None:
         """Write one, if the image could be judged.
@@ -80,25 +84,45 @@ class Heatmaps:
         from defect_detection.runtime import heatmap, preprocessing
 
         takes = classifier.takes
-        image = preprocessing.decode_within(item.source, HEATMAP_SIDE, takes.channels)
+        image = preprocessing.decode_within(item.source, HEATMAP_SIDE, takes.channels, takes.bits)
         drawn = heatmap.draw(image, verdict.evidence, takes, classifier.full_evidence)
-        caption = f"{verdict}\nthreshold {classifier.point.threshold:.4f}"
-        target = self._folder / self._name(item)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            heatmap.captioned(drawn, caption).save(target, compress_level=1)
-        except OSError as error:
-            raise PipelineError(f"{target}: cannot be written ({error.strerror})") from error
-
-    def _name(self, item: Item) -> str:
-        """Return the image's name; a number is added where another image has it already."""
         path = PurePath("stdin" if item.path == "-" else os.path.abspath(item.path))
+        name = path.name.encode(errors="replace").decode()
+        caption = f"{name}\n{verdict}\nthreshold {classifier.point.threshold:.4f}"
+        try:
+            self._save(heatmap.captioned(drawn, caption), path)
+        except OSError as error:
+            raise PipelineError(f"{self._folder}: cannot be written ({error.strerror})") from error
+
+    def _save(self, drawn: "Image.Image", path: PurePath) -> None:
+        """Save under the image's name, with a hash of its path if another image has that name.
+
+        The file says by that hash which image it shows, so no run overwrites another's map.
+        """
+        from PIL import PngImagePlugin
+
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+        text = PngImagePlugin.PngInfo()
+        text.add_text(SOURCE, digest)
+        content = io.BytesIO()
+        drawn.save(content, "PNG", pnginfo=text, compress_level=1)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        target = self._folder / f"{path.name}.png"
         with self._lock:
-            for number in itertools.count(1):
-                name = f"{path.stem}{f'-{number}' if number > 1 else ''}{path.suffix}.png"
-                if self._named.setdefault(name, str(path)) == str(path):
-                    return name
-        raise AssertionError("numbers do not end")
+            if target.exists() and _source(target) != digest:
+                target = self._folder / f"{path.stem}-{digest[:8]}{path.suffix}.png"
+            target.write_bytes(content.getvalue())
+
+
+def _source(heatmap: Path) -> str | None:
+    """Return the hash of the image's path that a heatmap shows, None if it does not say."""
+    from PIL import Image
+
+    try:
+        with Image.open(heatmap) as opened:
+            return opened.info.get(SOURCE)
+    except OSError:
+        return None
 
 
 class Judge:

@@ -55,11 +55,13 @@ class Source:
         store: URI of the tracking store.
         name: of the registered model.
         cache: folder of the files on this machine.
+        testing: the registered model of those below the accuracy that production takes.
     """
 
     store: str
     name: str
     cache: str
+    testing: str = ""
 
     @property
     def models(self) -> Path:
@@ -75,15 +77,16 @@ class Source:
 class Production:
     """Follows the version that has the alias prod."""
 
-    def __init__(self, store: str, name: str, cache: Path):
+    def __init__(self, store: str, name: str, cache: Path, testing: str = ""):
         """Start to ask the registry; `current` waits for the answer.
 
         Args:
             store: URI of the tracking store.
             name: of the registered model.
             cache: folder of the files on this machine.
+            testing: as in `Source`.
         """
-        self._source = Source(store, name, str(cache))
+        self._source = Source(store, name, str(cache), testing)
         self._version: LocalVersion | None = None
         self._child: subprocess.Popen[str] | None = None
         self._lost = False  # whether it was logged that the registry does not answer

@@ -2,14 +2,18 @@
 
 import glob
 import itertools
+import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from defect_detection import PipelineError
 from defect_detection.inference.judge import Item
-from defect_detection.runtime.preprocessing import SUFFIXES, is_image
+from defect_detection.runtime.preprocessing import SUFFIXES, files_below, is_image
+
+log = logging.getLogger(__name__)
 
 
 def expand(given: list[str]) -> Iterator[str]:
@@ -24,6 +28,8 @@ def expand(given: list[str]) -> Iterator[str]:
         if next(_of(name), None) is None:
             what = "holds no" if os.path.isdir(name) else "matches no"
             raise PipelineError(f"{name} {what} {', '.join(SUFFIXES)} files")
+        if os.path.isdir(name):
+            _name_others(name)
     return (path for name in given for path in _of(name))
 
 
@@ -40,12 +46,16 @@ def _of(name: str) -> Iterator[str]:
 
 def walk(folder: str) -> Iterator[str]:
     """Return the images in a folder and the folders below it, sorted, without hidden ones."""
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files.sort()
-        for name in files:
-            if is_image(name):
-                yield os.path.join(here, name)
+    return (path for path in files_below(folder) if is_image(os.path.basename(path)))
+
+
+def _name_others(folder: str) -> None:
+    """Log how many files of a folder are no images, by kind."""
+    suffixes = (Path(path).suffix.lower() or "without suffix" for path in files_below(folder))
+    others = Counter(suffix for suffix in suffixes if suffix not in SUFFIXES)
+    if others:
+        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        log.warning("%s: not judged: %s", folder, counted)
 
 
 def listed(lines: Iterable[str]) -> Iterator[str]:

@@ -58,7 +58,7 @@ def evaluate_and_register(
         evaluation,
         done,
         robustness.measure(classifier, split.testing),
-        plan.rules.decisions.max_escape_rate,
+        plan.rules.decisions,
         Origin(record.run_id(), record.commit(), *record.training(model.run_id)),
     )
     uri = record.page(page, report.table(evaluation))

@@ -119,7 +119,6 @@ def fit(
         calibration,
         devices,
         fitting,
-        good_only,
         network,
     )
 
@@ -134,16 +133,26 @@ def fit(
         model = plan.make_model()
         network.require_contract(model)
         computed = _features(plan, model, data, progress)
-        if network.is_good_only(model):
-            most = plan.decisions.max_overkill_rate
-            result = good_only.fit(model, computed, plan.parameters, most, each)
-        else:
-            result = fitting.fit(model, computed, plan.parameters, each)
+        result = _fit(plan, model, computed, each)
     found, share = result.held_out.probabilities, plan.decisions.review_share
     if result.good_only:
         return Fit(plan, result, calibration.around(ACCURACY_THRESHOLD, found, share))
     truth, most = result.held_out.labels, plan.decisions.max_escape_rate
     return Fit(plan, result, calibration.choose_operating_point(truth, found, most, share))
+
+
+def _fit(
+    plan: FitPlan,
+    model: "keras.Model",
+    features: "Features",
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None,
+) -> "TrainingResult":
+    from defect_detection.training import fitting, good_only, network
+
+    if network.is_good_only(model):
+        most = plan.decisions.max_overkill_rate
+        return good_only.fit(model, features, plan.parameters, most, on_epoch)
+    return fitting.fit(model, features, plan.parameters, on_epoch)
 
 
 def _features(plan: FitPlan, model: "keras.Model", data: Dataset, progress: Progress) -> "Features":
@@ -172,13 +181,17 @@ def to_served(fitted: Fit, data: Dataset) -> ServedModel:
         point=fitted.point,
         ood=OodDetector.fit(data.images),
         quantize=quantize,
-        full_evidence=_full_evidence(Classifier(ServedModel(litert, data.format)), data),
+        full_evidence=(
+            network.limit(fitted.result.model)
+            if fitted.result.good_only
+            else _full_evidence(Classifier(ServedModel(litert, data.format)), data)
+        ),
     )
 
 
 def _full_evidence(classifier: Classifier, data: Dataset) -> float:
     """Return the strongest evidence in the map of an ordinary defect."""
-    defects = np.flatnonzero(data.labels == data.labels.max())  # good parts if there are no others
+    defects = np.flatnonzero(data.labels == 1)
     some = defects[np.linspace(0, len(defects) - 1, min(len(defects), EVIDENCE_OF)).astype(int)]
     _, maps = classifier.examine(data.images[some])
     return float(np.median(maps.max((1, 2))))
@@ -237,7 +250,7 @@ def cross_validate(
         computed = _features(plan, plan.make_model(), data, progress)
         for number, (others, rows) in enumerate(divided, start=1):
             fitting.make_deterministic(plan.parameters.seed)
-            fitted = fitting.fit(plan.make_model(), computed.among(others), plan.parameters)
+            fitted = _fit(plan, plan.make_model(), computed.among(others))
             scored.append(_score(fitted, data, rows, number, folds))
             on_fold(scored[-1])
             progress.reached(plan.name, number / folds)

@@ -46,11 +46,13 @@ class Rules:
         names: of the registered models, and the accuracy that production takes.
         decisions: what a version must show to get the alias.
         by: the user or the CI run that registers.
+        promote: the call of promote.py for the same product, for messages.
     """
 
     names: MLflowNames
     decisions: Decisions
     by: str
+    promote: str = "python src/promote.py"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decisi
         champion=champion,
         comparison=comparison,
         qualified=rules.decisions.promotion != "significant" or better,
-        release=judge(evaluation, rules.decisions),
+        release=judge(evaluation, rules.decisions, rules.names.evaluation_threshold),
         unlike=unlike or "",
     )
 
@@ -188,10 +190,9 @@ def _promote(
         f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of {first.acc:.4f}"
     )
     if decision.unlike:
-        said += (
-            f", and stays: {decision.unlike}. A person may decide: python src/promote.py "
-            f"--version {version.number}"
-        )
+        said += f", and stays: {decision.unlike}"
+        if version.released:
+            said += f". A person may decide: {rules.promote} --version {version.number}"
     elif not version.qualified:
         said += ", since only a version that is significantly better replaces it"
     return said, first.number == version.number

@@ -156,9 +156,7 @@ def roll_back(name: str, why: str, by: str) -> Change:
             change = recorded.change
             if recorded.done and change.after == present.number and change.before in usable:
                 return choose(name, change.before, why, by)
-    raise PipelineError(
-        f"{name} has no former version to go back to. 'python src/promote.py --list' shows all"
-    )
+    raise PipelineError(f"{name} has no former version to go back to; --list shows all")
 
 
 def history(name: str) -> list[Recorded]:

@@ -54,6 +54,7 @@ class ServedModel:
             "image_size": [self.takes.height, self.takes.width],
             "channels": self.takes.channels,
             "fit": self.takes.fit,
+            "bits": self.takes.bits,
             "class_names": list(CLASSES),
             "positive_class": POSITIVE,
             "quantize": self.quantize,
@@ -76,7 +77,9 @@ class ServedModel:
             entry = yaml.safe_load((folder / "MLmodel").read_text())["flavors"][FLAVOUR]
             height, width = entry["image_size"]
             takes = ImageFormat(
-                height, width, entry.get("channels", 1), entry.get("fit", "stretch")
+                *(height, width, entry.get("channels", 1)),
+                fit=entry.get("fit", "stretch"),
+                bits=entry.get("bits", 16),
             )
             # Versions registered before these were saved have none.
             point = OperatingPoint(**entry.get("operating_point", asdict(DEFAULT_OPERATING_POINT)))

@@ -1,7 +1,9 @@
 """The one way from an image file to pixels, for training, evaluation and serving."""
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +16,8 @@ from defect_detection import PipelineError
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 # Part of the cache's key: change it whenever `decode` returns other pixels.
-PREPROCESSING = "bilinear-3"
-TWELVE_BITS = 2**12
+PREPROCESSING = "bilinear-2"
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey level in files with two bytes for it
 BORDER = 127  # grey of the borders of a letterboxed image
 
 Shaping = Literal["letterbox", "stretch"]
@@ -31,12 +33,15 @@ class ImageFormat:
         channels: 1 for grey; 3 for red, green and blue.
         fit: an image of another shape gets grey borders ("letterbox"), or is stretched, as models
             were trained before there were borders.
+        bits: of a grey level in files with two bytes for it, one of `DEPTHS`; cameras of 12 bits
+            use the lower ones only, and no field of the file says so.
     """
 
     height: int
     width: int
     channels: int = 1
     fit: Shaping = "letterbox"
+    bits: int = 16
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -51,7 +56,8 @@ class ImageFormat:
     @property
     def key(self) -> str:
         """What names the files of images that were decoded to it."""
-        return f"{self.height}x{self.width}x{self.channels}-{self.fit}-{PREPROCESSING}"
+        bits = "" if self.bits == DEPTHS[-1] else f"-{self.bits}"
+        return f"{self.height}x{self.width}x{self.channels}-{self.fit}{bits}-{PREPROCESSING}"
 
 
 class UnreadableImage(PipelineError):
@@ -61,6 +67,29 @@ class UnreadableImage(PipelineError):
 def is_image(name: str) -> bool:
     """Return whether a file name is that of an image; hidden files do not count."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """Yield the files in a folder and all folders below it, sorted, without hidden ones.
+
+    Links to folders are followed, but no folder is entered within itself.
+    """
+    above = {os.path.realpath(folder)}
+
+    def search(here: str, above: set[str]) -> Iterator[str]:
+        try:
+            with os.scandir(here) as found:
+                entries = sorted((entry.path, entry.is_dir()) for entry in found)
+        except FileNotFoundError:  # moved away meanwhile
+            return
+        shown = [one for one in entries if not os.path.basename(one[0]).startswith(".")]
+        yield from (path for path, is_folder in shown if not is_folder)
+        for path, is_folder in shown:
+            real = os.path.realpath(path)
+            if is_folder and real not in above:
+                yield from search(path, above | {real})
+
+    yield from search(folder, above)
 
 
 def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
@@ -84,7 +113,8 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
         scale = min(height / image_height, width / image_width)
         return max(1, round(image_height * scale)), max(1, round(image_width * scale))
 
-    pixels = _decode(source, max(height, width), channels, inside)
+    with _opened(source) as image:
+        pixels = _sized(image, max(height, width), channels, wanted.bits, inside)
     if pixels.shape == wanted.shape:
         return pixels
     boxed = np.full(wanted.shape, BORDER, np.uint8)
@@ -93,8 +123,16 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
     return boxed
 
 
-def decode_within(source: Path | bytes, longest: int, channels: int = 1) -> np.ndarray:
+def decode_within(
+    source: Path | bytes, longest: int, channels: int = 1, bits: int | None = None
+) -> np.ndarray:
     """Decode an image and keep its aspect ratio.
+
+    Args:
+        source: as for `decode`.
+        longest: the longer side of the result, in pixels.
+        channels: 1 for grey; 3 for red, green and blue.
+        bits: as those of `ImageFormat`; None for what this image uses.
 
     Returns:
         uint8 array of shape (height, width, channels), the longer side `longest` pixels.
@@ -107,26 +145,31 @@ def decode_within(source: Path | bytes, longest: int, channels: int = 1) -> np.n
         scale = longest / max(width, height)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    return _decode(source, longest, channels, in_proportion)
+    with _opened(source) as image:
+        return _sized(image, longest, channels, bits or _bits_of(image), in_proportion)
 
 
-def _decode(
-    source: Path | bytes, longest: int, channels: int, choose: Callable[[int, int], tuple[int, int]]
-) -> np.ndarray:
-    """Decode to the height and width that `choose` returns for the image's width and height."""
-    mode = "L" if channels == 1 else "RGB"
+def bits_of(path: Path) -> int:
+    """Return how many bits the grey levels of an image use: one of `DEPTHS`, mostly 8.
+
+    Raises:
+        UnreadableImage: as `decode` raises it.
+    """
+    with _opened(path) as image:
+        return _bits_of(image)
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong in the block is said of the image."""
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
         if not content:
             raise UnreadableImage("is empty (0 bytes)")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the requested size.
-            image.draft(mode, (longest, longest))
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # which convert() would clip at 255
-                upright = Image.fromarray(_eight_bits(np.asarray(upright)))
-            height, width = choose(*upright.size)
-            sized = upright.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+            if image.mode == "F":
+                raise UnreadableImage("has grey levels of floating point")
+            yield image
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
@@ -136,16 +179,41 @@ def _decode(
     # Pillow raises a dozen kinds of errors for broken files, SyntaxError among them.
     except Exception as error:
         raise UnreadableImage(f"cannot be decoded ({error})") from error
+
+
+def _sized(
+    image: Image.Image,
+    longest: int,
+    channels: int,
+    bits: int,
+    choose: Callable[[int, int], tuple[int, int]],
+) -> np.ndarray:
+    """Decode to the height and width that `choose` returns for the image's width and height."""
+    mode = "L" if channels == 1 else "RGB"
+    # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the requested size.
+    image.draft(mode, (longest, longest))
+    upright: Image.Image = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # two bytes a grey level, which convert() would clip at 255
+        levels = np.minimum(_levels(upright) >> (bits - 8), 255)
+        upright = Image.fromarray(levels.astype(np.uint8))
+    height, width = choose(*upright.size)
+    sized = upright.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(sized).reshape(height, width, channels)
 
 
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels of 16 bits as uint8.
+def _bits_of(image: Image.Image) -> int:
+    if not image.mode.startswith("I"):
+        return DEPTHS[0]
+    highest = int(_levels(image).max())
+    return next(bits for bits in DEPTHS if highest < 2**bits)
 
-    Cameras of 12 bits write values below 4096 into files of 16 bits, and no field of the file
-    says so; the values do.
-    """
-    return (pixels >> (4 if pixels.max() < TWELVE_BITS else 8)).astype(np.uint8)
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """Return grey levels of up to 16 bits."""
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() >= 2 ** DEPTHS[-1]:
+        raise UnreadableImage("has grey levels outside 0 to 65535")
+    return levels
 
 
 def dimensions(path: Path) -> tuple[int, int]:

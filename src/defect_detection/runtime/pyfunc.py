@@ -9,7 +9,7 @@ from typing import Any
 
 from defect_detection.runtime.classifier import Classifier, VerdictDict
 
-COLUMN = "picture"  # of the input: the bytes of a JPEG or PNG file; base64 in JSON
+COLUMN = "picture"  # of the input: the bytes of an image file; base64 in JSON
 
 
 def _load_pyfunc(folder: str) -> "PyfuncModel":

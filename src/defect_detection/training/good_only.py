@@ -55,7 +55,7 @@ def fit(
     nicks = _Scale.of(log_odds(blemishes.held_out.probabilities[of_good]), weights)
     places = _Scale.of(distances, weights)
     surprise = np.maximum(nicks(nicks.values), places(places.values))
-    limit = _quantile(surprise, weights, 1 - max_overkill_rate)
+    limit = _limit(surprise, weights, max_overkill_rate)
     network.put_good(model, blemishes.model, memory, (nicks.affine, places.affine), limit)
 
     defects = np.flatnonzero(~features.varied & (features.labels == 1))
@@ -113,6 +113,20 @@ def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
     return float(values[order[min(int(np.searchsorted(reached, share)), len(order) - 1)]])
+
+
+def _limit(surprise: np.ndarray, weights: np.ndarray, most: float) -> float:
+    """Return the lowest limit that values with at most a share of the weights reach.
+
+    It lies half-way between two values, so that rounding decides about none.
+    """
+    values, of = np.unique(surprise, return_inverse=True)
+    each = np.bincount(of, weights) / weights.sum()
+    above = 1 - np.cumsum(each)  # share of the weights of higher values
+    passes = int(np.argmax(above <= most + 1e-9))
+    if passes + 1 < len(values):
+        return float(values[passes] + values[passes + 1]) / 2
+    return float(values[passes]) + 0.5  # half a deviation
 
 
 def _memories(

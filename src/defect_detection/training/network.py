@@ -99,7 +99,12 @@ def fitted(model: keras.Model) -> keras.Model:
 def require_contract(model: keras.Model) -> None:
     """Raise PipelineError if a model lacks what fitting and serving need."""
     names = {layer.name for layer in model.layers}
-    lacking = [name for name in (MAP, PROBABILITY) if name not in names]
+    needed = [MAP, PROBABILITY]
+    if has_features(model):
+        needed.append(STANDARDISED)
+    if is_good_only(model):
+        needed += [WHITENED, NICKS, UNLIKE, DISTANCE]
+    lacking = [name for name in needed if name not in names]
     if lacking or len(model.input_shape) != 4 or model.output_shape != (None, 1):
         raise PipelineError(
             f"The model cannot be fitted: it has the input {model.input_shape[1:]} and the output "
@@ -405,6 +410,12 @@ class Memory:
             nearest = (squares - 2 * places @ self.places.T).min(-1)
             found.append(np.sqrt(np.maximum(nearest + (places**2).sum(-1), 0)))
         return np.stack(found)
+
+
+def limit(model: keras.Model) -> float:
+    """Return the measure of the head "good" at which the probability is 0.5."""
+    _, bias = model.get_layer(PROBABILITY).get_weights()
+    return -float(bias[0])
 
 
 def put_good(
