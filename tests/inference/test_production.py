@@ -1,6 +1,7 @@
 """The version in production, kept on this machine."""
 
 import json
+import re
 import shutil
 import time
 
@@ -100,8 +101,26 @@ def test_alias_that_was_taken_away_is_no_reason_to_serve_what_it_named(line):
     line.register()
     line.production().current()
     mlflow.MlflowClient().delete_registered_model_alias(line.name, versions.PRODUCTION_ALIAS)
-    with pytest.raises(PipelineError, match="has the alias prod. Run 'python src/train.py', then"):
+    with pytest.raises(PipelineError, match="has the alias prod. Train one with src/train.py"):
         line.production().current()
+
+
+def test_a_version_that_waits_for_retraining_is_named_with_its_reason_and_report(line):
+    run = mlflow.get_run(line.run_id)
+    tags = {
+        "released": "false",
+        "not_released": "a test accuracy of 0.51",
+        "evaluation_run": line.run_id,
+    }
+    versions.register(line.uri, line.run_id, 0.51, "", f"{line.name}_testing", tags)
+    asking = Production(line.store, line.name, line.cache, f"{line.name}_testing")
+    line.asking.append(asking)
+    expected = (
+        f"{line.name}_testing version 1: a test accuracy of 0.51. What to try is in its report, "
+        f"{run.info.artifact_uri}/report.html"
+    )
+    with pytest.raises(PipelineError, match=re.escape(expected)):
+        asking.current()
 
 
 def test_watch_goes_on_when_the_registry_is_lost_and_says_so_once(line, caplog, monkeypatch):

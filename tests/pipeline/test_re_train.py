@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from re_train import re_train
 
 from conftest import ROOT, Project, draw_part, encoded, former_cnn
 from defect_detection import settings
@@ -15,7 +16,7 @@ from defect_detection.registry import saved_model, store, versions
 from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.ood import OodDetector
 from defect_detection.runtime.preprocessing import ImageFormat
-from defect_detection.settings import RetrainConfig
+from defect_detection.settings import HyperParameters, RetrainConfig
 from defect_detection.training import network
 
 SCRIPT = "re_train/re_train.py"
@@ -126,7 +127,35 @@ def test_the_two_examples_are_judged_by_the_new_model(retrained):
 def test_model_that_is_fine_tuned_keeps_its_image_size_and_says_so(retrained, learnable):
     retrained.configure_retraining(image_size=[128, 128])
     printed = retrained.succeed(SCRIPT, "--data", learnable, "--epochs", 1)
-    assert "It takes images of 64 x 64, grey; image_size [128, 128] is for a new model" in printed
+    assert " takes images of 64 x 64, grey; image_size [128, 128] is for a new model" in printed
+
+
+def test_what_cannot_be_fine_tuned_is_fitted_anew_and_said(monkeypatch):
+    names = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig).mlflow
+    version, takes = versions.Version("Testing_Reg", 3, 0.5), ImageFormat(64, 64)
+    few = re_train.choose_start(version, names, takes, good_only=True)
+    assert few.version is None
+    assert few.source == (
+        "a new model and not Testing_Reg version 3 (re-train), since there are too few defects to "
+        "fine-tune it"
+    )
+    built = {
+        head: network.build((64, 64, 1), HyperParameters("x", 8, 1, head, 0.01, 0.01, 8, 1))
+        for head in ("good", "wide")
+    }
+    monkeypatch.setattr(saved_model, "load_keras", lambda uri: built["good"])
+    anew = re_train.choose_start(version, names, takes, good_only=False)
+    assert anew.version is None and "that learned from good parts alone" in anew.source
+    monkeypatch.setattr(saved_model, "load_keras", lambda uri: built["wide"])
+    assert re_train.choose_start(version, names, takes, good_only=False).version == version
+
+
+def test_a_new_model_of_another_size_than_that_of_training_is_said(folder, capsys):
+    own = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
+    shared = settings.read_config().model_parameters
+    re_train.choose_format(None, folder, own, shared)
+    said = "images of 128 x 128 (re_train.yaml), those of src/train.py 256 x 256: neither replaces"
+    assert said in capsys.readouterr().out
 
 
 def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnable):

@@ -260,6 +260,7 @@ def test_a_person_is_not_asked_about_a_version_that_is_not_released(line):
     model = Verdicts(np.full(80, 0.9))
     model.takes = ImageFormat(64, 96)
     line.names = replace(line.names, evaluation_threshold=0.4)
+    line.decisions = DECISIONS
     second = line.register_model(model)
     assert not second.release.released and "and stays: it takes images of" in second.decision
     assert "promote.py" not in second.decision

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -54,8 +55,24 @@ def test_good_parts_alone(one_set, tmp_path):
     assert "there is no defect among the test images, so nothing is known of escapes" in judged
     assert "not released; no version has the alias prod" in judged
     last = one_set.fail("src/inference.py", data / "test" / "ok_front")
-    assert "since none is released. Version 1: there is no defect among the test images" in last
-    assert "report.html of the run " in last
+    expected = "since none is released. Production_Reg version 1: there is no defect among the test"
+    assert expected in last and last.rstrip().endswith("/report.html")
+
+
+@pytest.mark.parametrize("head", ["map", "wide"])
+def test_any_set_learns_from_good_parts_alone_if_there_are_few_defects(project, tmp_path, head):
+    def change(config: dict) -> None:
+        parameters = config["model_parameters"]
+        parameters["sets"] = [one for one in parameters["sets"] if one["head"] == head][:1]
+
+    project.configure(change)
+    data = draw_folders(tmp_path / "pictures", train=12, test=2)
+    for path in sorted((data / "train" / "def_front").iterdir())[1:]:
+        path.unlink()
+    project.succeed("src/train.py", "--data", data)
+    with store.connected(f"sqlite:///{project.root}/mlflow.db"):
+        (run,) = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
+    assert run.data.params["head"] == "good"
 
 
 def test_few_defects_are_judged_and_tell_what_they_can(one_set, tmp_path):

@@ -168,7 +168,7 @@ def _optimistic(evaluation: Evaluation) -> str:
     unseen = evaluation.unseen
     if unseen.pictures and not unseen.too_few and evaluation.leaked_accuracy <= unseen.accuracy:
         return ""
-    return "may be" if unseen.too_few or not unseen.pictures else "is"
+    return "is" if unseen.pictures and evaluation.leaked_accuracy > unseen.bounds[1] else "may be"
 
 
 def _figures(evaluation: Evaluation, origin: Origin) -> dict[str, str]:
