@@ -295,7 +295,7 @@ def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, 
 
 
 def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project, tmp_path):
-    data = draw_folders(tmp_path / "pictures", train=24, test=1)
+    data = draw_folders(tmp_path / "pictures", train=36, test=1)
     rows = {}
     for path in data.rglob("*.jpeg"):  # three images a photograph
         name = path.relative_to(data).as_posix()
@@ -305,7 +305,7 @@ def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project,
         lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:2])
     )
     printed = project.succeed("src/train.py", "--data", data, "--folds", 2)
-    assert printed.count("fold 2 of 2: 24 images of 8 photographs") == 2
+    assert printed.count("fold 2 of 2: 36 images of 12 photographs") == 2
     lines = [line.split() for line in printed.splitlines() if "(" in line]
     assert [line[:2] for line in lines[-4:]] == [
         ["one", "images"],
@@ -319,7 +319,7 @@ def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project,
     runs = client.search_runs([client.get_experiment_by_name("train/casting").experiment_id])
     assert {run.data.tags["mlflow.runName"] for run in runs} == {"one 2 folds", "two 2 folds"}
     for run in runs:
-        for of, pictures in (("pictures", 24), ("photographs", 8)):
+        for of, pictures in (("pictures", 36), ("photographs", 12)):
             history = [
                 client.get_metric_history(run.info.run_id, f"{of}_{name}")
                 for name in ("defects_found", "defects_missed", "ok_rejected", "ok_passed")

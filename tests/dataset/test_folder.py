@@ -222,7 +222,9 @@ def test_other_names_of_classes_give_another_digest(configured, data):
     assert first.digest != second.digest
 
 
-@pytest.mark.parametrize(("highest", "bits"), [(1000, 10), (4000, 12), (9000, 14), (40000, 16)])
+@pytest.mark.parametrize(
+    ("highest", "bits"), [(240, 8), (1000, 10), (4000, 12), (9000, 14), (40000, 16)]
+)
 def test_the_folder_decides_how_many_bits_count(tmp_path, highest, bits):
     """A dark image among them is dark afterwards too."""
     for name, level in (("def_front", highest), ("ok_front", highest // 16)):

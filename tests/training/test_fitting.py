@@ -154,7 +154,7 @@ def test_mean_of_the_fits_is_as_sure_as_they_are(computed, kind):
     for number, part in enumerate(fits.folds.held_out):
         each[part, number] = np.nan
     fits.merge(fits.states())
-    found = fits._predict(plain, network.fitted(fits._model))[:, 0].astype(float)
+    found = fitting.predict(network.fitted(fits._model), told, plain)[:, 0].astype(float)
     found, agreed = logit(np.clip(found, 1e-6, 1 - 1e-6)), np.nanmean(each, 1)
     slope, shift = np.polyfit(found, agreed, 1)
     assert slope == pytest.approx(1, abs=0.1) and shift == pytest.approx(0, abs=0.1)

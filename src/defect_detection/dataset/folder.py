@@ -240,7 +240,7 @@ class DataFolder:
                 "image_size: [%d, %d] in src/config.yaml would lose less detail",
                 *(usual, width, height, max(tall, 32), max(wide, 32)),
             )
-        bits = max((one.bits for one in looks if one.bits > 8), default=16)
+        bits = max((one.bits for one in looks if one.bits is not None), default=16)
         return ImageFormat(height, width, 3 if color == "auto" and coloured else 1, bits=bits)
 
     def examples(
@@ -282,7 +282,7 @@ class _Look:
 
     aspect: float  # width by height
     coloured: bool
-    bits: int  # of a grey level
+    bits: int | None  # of a grey level, in files with two bytes for it
 
 
 def _look_at(path: Path) -> _Look | None:

@@ -146,11 +146,15 @@ def decode_within(
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     with _opened(source) as image:
-        return _sized(image, longest, channels, bits or _bits_of(image), in_proportion)
+        return _sized(
+            image, longest, channels, bits or _bits_of(image) or DEPTHS[-1], in_proportion
+        )
 
 
-def bits_of(path: Path) -> int:
-    """Return how many bits the grey levels of an image use: one of `DEPTHS`, mostly 8.
+def bits_of(path: Path) -> int | None:
+    """Return how many bits the grey levels of an image use, one of `DEPTHS`.
+
+    None if the file has one byte for each, as most have.
 
     Raises:
         UnreadableImage: as `decode` raises it.
@@ -201,9 +205,9 @@ def _sized(
     return np.asarray(sized).reshape(height, width, channels)
 
 
-def _bits_of(image: Image.Image) -> int:
+def _bits_of(image: Image.Image) -> int | None:
     if not image.mode.startswith("I"):
-        return DEPTHS[0]
+        return None
     highest = int(_levels(image).max())
     return next(bits for bits in DEPTHS if highest < 2**bits)
 
