@@ -12,16 +12,20 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from queue import Queue
+from typing import Any, BinaryIO
 
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter
 
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Dataset
+from defect_detection.runtime import native_output
 from defect_detection.settings import Sampling
 from defect_detection.training import augmentation, network
 from defect_detection.training.augmentation import Augmentation
@@ -248,7 +252,7 @@ def _batches(
     """Yield the features from row `begun` on; the same seed gives the same features."""
     augment = Augmentation(data.format.height, data.format.width)
 
-    def run(
+    def vary(
         images: tf.Tensor,
         varied: tf.Tensor,
         blemished: tf.Tensor,
@@ -256,7 +260,7 @@ def _batches(
         seed: tf.Tensor,
     ) -> tf.Tensor:
         images = tf.cast(images, tf.float32)
-        images = tf.cond(
+        return tf.cond(
             tf.reduce_any(varied),
             lambda: tf.where(
                 tf.reshape(varied, (-1, 1, 1, 1)),
@@ -265,18 +269,46 @@ def _batches(
             ),
             lambda: images,
         )
-        return tf.cast(images if layers is None else layers(images, training=False), tf.float16)
 
-    run = tf.function(run, reduce_retracing=True, autograph=False)
+    vary = tf.function(vary, reduce_retracing=True, autograph=False)
+    run = _runner(layers)
     for start in range(begun, len(planned.images), BATCH):
         rows = slice(start, start + BATCH)
-        yield run(
+        images = vary(
             data.images[planned.images[rows]],
             planned.varied[rows],
             planned.blemished[rows],
             planned.gentle[rows],
             tf.constant([seed, start], tf.int64),
-        ).numpy()
+        )
+        yield run(images)
+
+
+def _runner(layers: keras.Model | None) -> Callable[[tf.Tensor], np.ndarray]:
+    """Return what computes features of images, (n, height, width, channels).
+
+    On a CPU this is LiteRT, one image on each core: it takes half as long as TensorFlow.
+    """
+    if layers is None:
+        return lambda images: images.numpy()
+    if "CPU" not in (tf.zeros(1) + 1).device:
+        in_graph = tf.function(partial(layers, training=False), autograph=False)
+        return lambda images: in_graph(images).numpy()
+    content = network.frozen_to_litert(layers)
+    idle: Queue[Any] = Queue()
+    with native_output.suppressed():
+        for _ in range(os.cpu_count() or 1):
+            idle.put(Interpreter(model_content=content, num_threads=1).get_signature_runner())
+    pool = ThreadPoolExecutor(idle.qsize())
+
+    def one(image: np.ndarray) -> np.ndarray:
+        runner = idle.get()
+        try:
+            return runner(images=image[np.newaxis])[network.FEATURES]
+        finally:
+            idle.put(runner)
+
+    return lambda images: np.concatenate(list(pool.map(one, images.numpy())))
 
 
 def _require_room(cache: Path, needed: int) -> None:

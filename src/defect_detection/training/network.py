@@ -320,14 +320,22 @@ def to_litert(model: keras.Model, quantize: str = "none") -> bytes:
             convolutions also compute in it, with the range that each image's values have: with
             ranges that are fixed beforehand LiteRT 2.3 ends with a segmentation fault.
     """
-    both = keras.Model(model.inputs, [model.output, _evidence(model)])
+    outputs = {PROBABILITY: model.output, MAP: _evidence(model)}
+    return _convert(keras.Model(model.inputs, outputs), quantize)
 
+
+def frozen_to_litert(model: keras.Model) -> bytes:
+    """Convert the frozen layers: input `images`, output `features`."""
+    return _convert(keras.Model(model.inputs, {FEATURES: model.get_layer(FEATURES).output}), "none")
+
+
+def _convert(model: keras.Model, quantize: str) -> bytes:
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return dict(zip((PROBABILITY, MAP), both(images, training=False), strict=True))
+        return model(images, training=False)
 
     with tempfile.TemporaryDirectory() as folder, native_output.suppressed():
         archive = keras.export.ExportArchive()
-        archive.track(both)
+        archive.track(model)
         signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
         archive.add_endpoint("serve", serve, input_signature=[signature])
         archive.write_out(folder, verbose=False)
