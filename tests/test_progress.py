@@ -36,6 +36,15 @@ def test_parts_count_by_their_costs():
     assert shown.share == pytest.approx(35 / 40)
 
 
+def test_a_part_may_turn_out_to_cost_more_or_less():
+    shown = Progress("Work", {"describe": 10.0, "compare": 10.0})
+    shown.reached("describe", 1)
+    shown.counted("compare", 10, 30)
+    assert shown.share == pytest.approx(20 / 40)
+    shown.counted("compare", 12, 12)
+    assert shown.share == pytest.approx(1)
+
+
 def test_what_was_not_necessary_does_not_count():
     shown = Progress("Work", {"features": 30.0, "epochs": 10.0})
     shown.reached("features", 0.1)

@@ -48,6 +48,11 @@ class Progress:
         self._shares[part] = share
         self._show()
 
+    def counted(self, part: str, done: int, of: int) -> None:
+        """Say how much of a part is done, and what it costs as far as is known by now."""
+        self._costs[part] = float(of)
+        self.reached(part, done / of)
+
     def finished(self, part: str) -> None:
         """Say that a part is finished; what was not done of it was not necessary."""
         self._costs[part] *= self._shares[part]

@@ -47,12 +47,12 @@ def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
         if new:
             log.info("Comparing %d new images with %d", len(new), len(digests))
         started = time.perf_counter()
-        costs = {"describe": DESCRIPTION * len(new), "compare": float(COMPARISONS * len(new))}
+        costs = {"describe": DESCRIPTION * len(new), "compare": float(len(new))}
         with progress.shown("Comparing images", costs) as shown:
             for start in range(0, len(new), BLOCK):
                 _describe(new[start : start + BLOCK], contents, known)
                 shown.reached("describe", min(1, (start + BLOCK) / len(new)))
-            numbers = _group(digests, known, partial(shown.reached, "compare"))
+            numbers = _group(digests, known, partial(shown.counted, "compare"))
         if new:
             seconds = time.perf_counter() - started
             log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
@@ -64,11 +64,12 @@ def _describe(block: list[str], contents: Mapping[str, Path], known: PhotographC
 
 
 def _group(
-    digests: Sequence[str], known: PhotographCache, on_share: Callable[[float], None]
+    digests: Sequence[str], known: PhotographCache, on_compared: Callable[[int, int], None]
 ) -> list[int]:
     """Compare likely pairs in rounds until no groups join any more; return numbers of groups.
 
-    `on_share` is called with the share of the comparisons that are made at most.
+    `on_compared` is called with the number of comparisons, and how many there will be if no more
+    groups join.
     """
     joined, place = DisjointSet(digests), {digest: i for i, digest in enumerate(digests)}
     tested: set[Pair] = set()
@@ -93,13 +94,14 @@ def _group(
         while fruitless < FRUITLESS_ROUNDS and compared < most:
             joins = 0
             pairs = search.propose(numbers(), tested)
+            expected = min(most, compared + (FRUITLESS_ROUNDS - fruitless) * len(pairs))
             for start in range(0, len(pairs), BLOCK):
                 block = [(digests[i], digests[j]) for i, j in pairs[start : start + BLOCK]]
                 # Skip pairs that have joined meanwhile.
                 block = [pair for pair in block if not joined.connected(*pair)]
                 tested.update((place[a], place[b]) for a, b in block)
                 compared += len(block)
-                on_share(min(1, compared / most))
+                on_compared(compared, max(expected, compared))
                 for pair, same in zip(block, known.compare(block), strict=True):
                     joins += int(same and joined.merge(*pair))
             fruitless = 0 if joins else fruitless + 1

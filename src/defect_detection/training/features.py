@@ -298,7 +298,9 @@ def _runner(layers: keras.Model | None) -> Callable[[tf.Tensor], np.ndarray]:
     idle: Queue[Any] = Queue()
     with native_output.suppressed():
         for _ in range(os.cpu_count() or 1):
-            idle.put(Interpreter(model_content=content, num_threads=1).get_signature_runner())
+            interpreter = Interpreter(model_content=content, num_threads=1)
+            interpreter.allocate_tensors()
+            idle.put(interpreter.get_signature_runner())
     pool = ThreadPoolExecutor(idle.qsize())
 
     def one(image: np.ndarray) -> np.ndarray:
