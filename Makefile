@@ -41,7 +41,7 @@ bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/evaluation_cost.py
 	$(PYTHON) tests/benchmarks/inference_speed.py
 	$(PYTHON) tests/benchmarks/generalisation.py
-	$(PYTHON) tests/benchmarks/kinds.py
+	$(PYTHON) tests/benchmarks/other_parts.py
 
 .venv/.installed: requirements.txt .ci/setup
 	@sh .ci/setup

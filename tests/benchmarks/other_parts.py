@@ -1,6 +1,6 @@
 """How the pipeline does on parts that are no castings, drawn by the tests: 100 images a class.
 
-    python tests/benchmarks/kinds.py [--only KIND]
+    python tests/benchmarks/other_parts.py [--only KIND]
 
 Each kind is drawn, trained on and evaluated by the scripts, with src/config.yaml as it is, in a
 copy of the project. Prints a table and writes docs/benchmark.json.
