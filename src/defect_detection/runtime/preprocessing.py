@@ -84,9 +84,9 @@ def files_below(folder: str) -> Iterator[str]:
             return
         shown = [one for one in entries if not os.path.basename(one[0]).startswith(".")]
         yield from (path for path, is_folder in shown if not is_folder)
-        for path, is_folder in shown:
+        for path in (path for path, is_folder in shown if is_folder):
             real = os.path.realpath(path)
-            if is_folder and real not in above:
+            if real not in above:
                 yield from search(path, above | {real})
 
     yield from search(folder, above)
