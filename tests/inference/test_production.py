@@ -1,9 +1,11 @@
 """The version in production, kept on this machine."""
 
 import json
+import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -12,8 +14,13 @@ from conftest import wait_for
 from defect_detection import PipelineError
 from defect_detection.inference import fetch
 from defect_detection.inference import production as following
+from defect_detection.inference.judge import NamedModel
 from defect_detection.inference.production import LocalVersion, Production, Source
-from defect_detection.registry import versions
+from defect_detection.registry import saved_model, versions
+from defect_detection.registry import store as stores
+from defect_detection.runtime import checksums
+from defect_detection.runtime.classifier import Classifier
+from defect_detection.runtime.model_files import ServedModel
 
 
 class Line:
@@ -27,6 +34,17 @@ class Line:
 
     def register(self) -> versions.Version:
         version = versions.register(self.uri, self.run_id, 0.9, "", self.name, {})
+        versions.set_alias(version, versions.PRODUCTION_ALIAS)
+        return version
+
+    def register_own(self) -> versions.Version:
+        """Register a model of its own, whose files a test may damage."""
+        with mlflow.start_run(experiment_id=stores.open_experiment("train/own")) as run:
+            logged = saved_model.load_keras(self.uri)
+            with saved_model.fetched(self.uri) as files:
+                uri = saved_model.log(logged, ServedModel.load(files), b"")
+        tags = {saved_model.CHECKSUM: saved_model.checksum(uri)}
+        version = versions.register(uri, run.info.run_id, 0.9, "", self.name, tags)
         versions.set_alias(version, versions.PRODUCTION_ALIAS)
         return version
 
@@ -135,6 +153,90 @@ def test_watch_goes_on_when_the_registry_is_lost_and_says_so_once(line, caplog, 
         time.sleep(0.05)
     assert caplog.text.count("Continuing with") == 1
     assert production.current().number == 1
+
+
+def files_of(line, number: int):
+    """The folder in the store that holds the files of a version, to be damaged."""
+    source = versions.with_accuracy(line.name)[number - 1].source
+    location = mlflow.get_logged_model(source.removeprefix("models:/")).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
+def test_version_without_its_files_for_a_moment_is_fetched_when_they_are_back(line, caplog):
+    """Neither an empty nor a cut download is kept."""
+    line.register_own()
+    files = files_of(line, 1)
+    kept = shutil.copytree(files, files.with_name("kept"))
+    for damage in (
+        lambda: shutil.rmtree(files),
+        lambda: (shutil.rmtree(files), files.mkdir()),
+        lambda: (files / "model.tflite").write_bytes(b""),
+        lambda: (files / "conda.yaml").unlink(),
+        lambda: os.truncate(files / "scope.npz", 1000),
+    ):
+        damage()
+        with pytest.raises(PipelineError, match=f"models:/{line.name}/1: its files"):
+            line.production().current()
+        shutil.copytree(kept, files, dirs_exist_ok=True)
+    assert Classifier.load(Path(line.production().current().folder))
+
+
+def test_watch_goes_on_with_the_last_good_version_when_prod_moves_to_a_broken_one(
+    line, caplog, monkeypatch
+):
+    monkeypatch.setattr(following, "ASK_EVERY", 0)
+    line.register_own()
+    production = line.production()
+    model = NamedModel.in_production(production)
+    line.register_own()
+    whole = (files_of(line, 2) / "model.tflite").read_bytes()
+    (files_of(line, 2) / "model.tflite").write_bytes(bytes(len(whole)))
+    wait_for(lambda: production.moved() or "Using" in caplog.text)
+    assert production.current().number == 1
+    assert f"models:/{line.name}/2: its files in the store are damaged" in caplog.text
+    # A machine that starts now does likewise.
+    assert line.production().current().number == 1
+    (files_of(line, 2) / "model.tflite").write_bytes(whole)
+    wait_for(production.moved)
+    assert model.followed(production).name == f"{line.name}/2"
+
+
+def test_watch_keeps_its_model_when_the_files_here_are_damaged(line, caplog, monkeypatch):
+    monkeypatch.setattr(following, "ASK_EVERY", 0)
+    line.register_own()
+    production = line.production()
+    model = NamedModel.in_production(production)
+    line.register_own()
+    wait_for(production.moved)
+    (Path(production.current().folder) / "model.tflite").write_bytes(b"")
+    assert model.followed(production) is model
+    assert "Continuing with" in caplog.text and "model.tflite is not the file" in caplog.text
+    # They are fetched again when it asks next.
+    wait_for(production.moved)
+    assert model.followed(production).name == f"{line.name}/2"
+
+
+def test_files_here_of_another_version_are_not_taken_for_it(line):
+    line.register_own()
+    kept = Path(line.production().current().folder)
+    line.register_own()
+    other = Path(line.production().current().folder)
+    shutil.rmtree(other)
+    shutil.copytree(kept, other)
+    found = line.production().current()
+    assert NamedModel.in_production(line.production())
+    assert checksums.read(other, found.checksum) and found.number == 2
+
+
+def test_alias_that_was_moved_outside_is_said_once(line, caplog, monkeypatch):
+    monkeypatch.setattr(following, "ASK_EVERY", 0)
+    line.register()
+    production = line.production()
+    production.current()
+    line.register()
+    wait_for(production.moved)
+    said = f"prod of {line.name} is version 1, but the record gave it to no version"
+    assert caplog.text.count(said) == 1
 
 
 def test_registry_that_says_nonsense_is_one_line(line, monkeypatch):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from defect_detection import PipelineError, StoreError, cli
 from defect_detection.atomic import replace_atomically
 from defect_detection.inference.production import LocalVersion, Source, short_hash
+from defect_detection.runtime.model_files import ServedModel
 
 if TYPE_CHECKING:
     from defect_detection.registry.versions import Version
@@ -43,7 +44,7 @@ def fetch(source: Source) -> LocalVersion:
         PipelineError: no version is in production, or its files cannot be fetched.
         StoreError: the registry cannot be reached.
     """
-    from defect_detection.registry import store, versions
+    from defect_detection.registry import promotion, saved_model, store, versions
 
     with store.connected(source.store):
         version = versions.in_production(source.name)
@@ -51,10 +52,14 @@ def fetch(source: Source) -> LocalVersion:
             raise PipelineError(_nothing_in_production(source))
         # Other stores count versions from 1 too, but no two versions have the same source.
         folder = source.models / f"{version.name}-{version.number}-{short_hash(version.source)}"
-        if not folder.is_dir():
+        checksum = version.tags.get(saved_model.CHECKSUM, "")
+        if not _is_whole(folder, checksum):
             _fetch_files(version, folder)
+        moved = promotion.moved_outside(source.name)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    found = LocalVersion(version.name, version.number, version.acc, str(folder), now)
+    found = LocalVersion(
+        version.name, version.number, version.acc, str(folder), now, checksum, moved
+    )
     with replace_atomically(source.last_file) as temporary:
         temporary.write_text(json.dumps(asdict(found)))
     os.utime(folder)
@@ -92,13 +97,33 @@ def _report(version: "Version") -> str:
         return f"report.html of the run {run}"
 
 
+def _is_whole(folder: Path, checksum: str) -> bool:
+    """Return whether a version was fetched before, and its files are still those of the store."""
+    try:
+        ServedModel.load(folder, checksum)
+    except PipelineError:
+        return False
+    return True
+
+
 def _fetch_files(version: "Version", folder: Path) -> None:
+    """Fetch the files of a version; a folder of that name is replaced.
+
+    Raises:
+        StoreError: they cannot be fetched, or are damaged.
+    """
     from defect_detection.registry import saved_model
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with saved_model.fetched(version.uri) as files:
+        try:
+            ServedModel.load(files)  # versions from before checksums show damage only here
+        except PipelineError as error:
+            raise StoreError(f"{version.uri}: {error}") from error
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as beside:
             copied = shutil.copytree(files, Path(beside) / folder.name)
+            if folder.is_dir():
+                folder.rename(Path(beside) / "damaged")
             try:
                 copied.rename(folder)
             except OSError:

@@ -45,13 +45,18 @@ class NamedModel:
     classifier: Classifier
 
     @classmethod
-    def load(cls, name: str, folder: str) -> "NamedModel":
+    def load(cls, name: str, folder: str, checksum: str = "") -> "NamedModel":
         """Load a model from its folder, for use by one thread for each core.
 
+        Args:
+            name: in the rows.
+            folder: of the model.
+            checksum: the SHA-256 of its checksums, "" if that is not known.
+
         Raises:
-            PipelineError: the folder holds no model that can be served.
+            PipelineError: the folder holds no model that can be served, or a damaged one.
         """
-        return cls(name, Classifier.load(Path(folder), threads=1))
+        return cls(name, Classifier.load(Path(folder), threads=1, expected=checksum))
 
     @classmethod
     def in_production(cls, production: "Production") -> "NamedModel":
@@ -61,9 +66,18 @@ class NamedModel:
             PipelineError: there is none.
         """
         version = production.current()
-        model = cls.load(f"{version.name}/{version.number}", version.folder)
+        model = cls.load(f"{version.name}/{version.number}", version.folder, version.checksum)
         log.info("%s, test accuracy %.4f", version, version.acc)
         return model
+
+    def followed(self, production: "Production") -> "NamedModel":
+        """Load the version that got the alias prod; return this model if that one is damaged."""
+        try:
+            return self.in_production(production)
+        except PipelineError as error:
+            log.warning("Continuing with %s: %s", self.name, error)
+            production.put_back()
+            return self
 
 
 class Heatmaps:

@@ -34,6 +34,8 @@ class LocalVersion:
         acc: its test accuracy, in [0, 1].
         folder: of its files.
         asked_at: when the registry said that it has the alias prod; ISO 8601, UTC.
+        checksum: the SHA-256 of its checksums, "" for versions from before there were any.
+        moved_outside: what is wrong with the record of the alias, "" if nothing is.
     """
 
     name: str
@@ -41,6 +43,8 @@ class LocalVersion:
     acc: float
     folder: str
     asked_at: str
+    checksum: str = ""
+    moved_outside: str = ""
 
     def __str__(self) -> str:
         """Return its name in words."""
@@ -88,8 +92,10 @@ class Production:
         """
         self._source = Source(store, name, str(cache), testing)
         self._version: LocalVersion | None = None
+        self._former: LocalVersion | None = None
         self._child: subprocess.Popen[str] | None = None
         self._lost = False  # whether it was logged that the registry does not answer
+        self._said = ""  # what was logged about the record of the alias
         self._ask()
 
     def current(self) -> LocalVersion:
@@ -112,7 +118,7 @@ class Production:
         late = time.monotonic() - self._asked > ANSWER_WITHIN
         if self._child.poll() is None and not late:
             return False
-        before = self.current()
+        before = self._former = self.current()
         try:
             self._version = self._answer()
         except PipelineError as error:  # for instance, the alias was deleted
@@ -120,6 +126,10 @@ class Production:
                 log.warning("Continuing with %s: %s", before, error)
             self._lost = True
         return self.current().folder != before.folder
+
+    def put_back(self) -> None:
+        """Go on with the version before, whose model is still loaded; `moved` tells anew."""
+        self._version = self._former
 
     def close(self) -> None:
         """Stop asking."""
@@ -150,7 +160,11 @@ class Production:
         answer = self._read_answer()
         if "error" not in answer:
             self._lost = False
-            return LocalVersion(**answer)
+            found = LocalVersion(**answer)
+            if found.moved_outside and found.moved_outside != self._said:
+                log.warning("%s", found.moved_outside)
+            self._said = found.moved_outside
+            return found
         last = self._last_known()
         if not answer["store"] or last is None:
             raise PipelineError(answer["error"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from defect_detection.inference.judge import Item, Judge, NamedModel
+from defect_detection.inference.judge import Item, Judge
 from defect_detection.inference.production import Production
 from defect_detection.inference.rows import Output
 from defect_detection.inference.sources import walk
@@ -141,5 +141,5 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
             for _, arrival in whole:
                 arrival.judged()
         if production is not None and production.moved():
-            judge.model = NamedModel.in_production(production)
+            judge.model = judge.model.followed(production)
         time.sleep(max(LOOK_EVERY, time.monotonic() - started))

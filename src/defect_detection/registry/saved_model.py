@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import mlflow
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from defect_detection import PipelineError, runtime
+from defect_detection import PipelineError, StoreError, runtime
 from defect_detection.registry.store import first_line
-from defect_detection.runtime import native_output
+from defect_detection.runtime import checksums, native_output
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.model_files import FLAVOUR, ServedModel
 from defect_detection.runtime.pyfunc import COLUMN
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 RUNTIME_PACKAGES = ("ai-edge-litert", "numpy", "pillow", "pyyaml")
 PACKAGES = ("tensorflow", "keras", *RUNTIME_PACKAGES)
 CODE = "code"  # MLflow's name for the folder
+KERAS_FILE = "data/model.keras"  # MLflow's names
+CHECKSUM = "sha256"  # tag of a logged model and of a version: that of its file of checksums
 # The same for versions of all times, so that one process can load several of them.
 LOADER = "defect_detection.pyfunc"
 
@@ -52,23 +54,37 @@ def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
     import pandas as pd
     from mlflow.models import Model
 
+    written: list[str] = []
+
+    def save(path: str, **options: Any) -> None:
+        written.append(_save(path, **options))
+
     with redirect_stdout(io.StringIO()):
         logged = Model.log(
             None,
-            SimpleNamespace(__name__=__name__, save_model=_save),
+            SimpleNamespace(__name__=__name__, save_model=save),
             name="model",
             model=model,
             served=served,
             input_example=pd.DataFrame({COLUMN: [example]}),
             # Without these MLflow imports the model in a child process to find them: 8 to 10 s.
             pip_requirements=[f"{package}=={version(package)}" for package in PACKAGES],
+            # Else MLflow might write MLmodel once more, after its checksum was taken.
+            validate_serving_input=False,
         )
+    MlflowClient().set_logged_model_tags(logged.model_id, {CHECKSUM: written[0]})
     return logged.model_uri
 
 
 def _save(
-    path: str, mlflow_model: "Model", model: "keras.Model", served: ServedModel, **options: Any
-) -> None:
+    path: str,
+    mlflow_model: "Model",
+    model: "keras.Model",
+    served: ServedModel,
+    validate_serving_input: bool,
+    **options: Any,
+) -> str:
+    """Save a model as MLflow's flavours do; return the SHA-256 of its checksums."""
     import mlflow.pyfunc
     import mlflow.tensorflow
 
@@ -86,6 +102,7 @@ def _save(
         python_env="python_env.yaml",
     )
     mlflow_model.save(str(folder / "MLmodel"))
+    return checksums.write(folder)
 
 
 def _copy_code(folder: Path) -> None:
@@ -115,16 +132,34 @@ def _set_signature(model: "Model") -> None:
 def fetched(model_uri: str) -> Iterator[Path]:
     """Yield a local folder with the files of a model; it is deleted after the block.
 
+    The files are those that were saved: each is compared with its checksum, and the checksums with
+    the tag of the model or the version. Models from before there were checksums have neither.
+
     Raises:
-        PipelineError: the files cannot be fetched.
+        StoreError: the files cannot be fetched, or are not those that were saved.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            files = mlflow.artifacts.download_artifacts(model_uri, dst_path=folder)
+            expected = checksum(model_uri)
+            files = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=folder))
+            checksums.verify(files, expected)
         except (MlflowException, OSError) as error:
             message = f"{model_uri}: its files cannot be fetched ({first_line(error)})"
-            raise PipelineError(message) from error
-        yield Path(files)
+            raise StoreError(message) from error
+        except ValueError as error:
+            raise StoreError(
+                f"{model_uri}: its files in the store are damaged ({error}). Restore them, or "
+                f"train a new model"
+            ) from error
+        yield files
+
+
+def checksum(model_uri: str) -> str:
+    """Return the SHA-256 of the checksums of a logged or registered model, "" if it has none."""
+    client, name = MlflowClient(), model_uri.removeprefix("models:/")
+    if "/" not in name:
+        return str(client.get_logged_model(name).tags.get(CHECKSUM, ""))
+    return str(client.get_model_version(*name.rsplit("/", 1)).tags.get(CHECKSUM, ""))
 
 
 def load_classifier(model_uri: str) -> Classifier:
@@ -140,24 +175,30 @@ def load_classifier(model_uri: str) -> Classifier:
 def load_keras(model_uri: str) -> "keras.Model":
     """Load a logged or registered model for training, not compiled.
 
+    Keras reads its file in safe mode, and nothing else of the model is read: MLflow would unpickle
+    `custom_objects.cloudpickle` and import what `code/` holds, and so run whatever was put there.
+
     Raises:
-        PipelineError: its file is damaged or newer than Keras.
+        PipelineError: its files cannot be fetched, or its Keras file is damaged, not safe or newer
+            than Keras.
     """
     native_output.silence_tensorflow()
     import keras
-    import mlflow.tensorflow
 
-    try:
-        return mlflow.tensorflow.load_model(model_uri, keras_model_kwargs={"compile": False})
-    # Keras raises all of these for a file that is damaged or was written by a newer version.
-    except (TypeError, ValueError, OSError, KeyError, BadZipFile) as error:
-        older = sys.version_info < (3, 11)  # Keras has no newer version for Python 3.10
-        raise PipelineError(
-            f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, "
-            + (
-                "which is older on Python 3.10 than on 3.11 and 3.12. Use the Python that it was "
-                "trained with"
-                if older
-                else f"since it is damaged ({first_line(error)}). Train a new one"
-            )
-        ) from error
+    with fetched(model_uri) as files:
+        try:
+            file = files / KERAS_FILE
+            return keras.saving.load_model(file, compile=False, safe_mode=True)
+        # Keras raises all of these for a file that is damaged, asks for code to be run or was
+        # written by a newer version.
+        except Exception as error:
+            older = sys.version_info < (3, 11)  # Keras has no newer version for Python 3.10
+            raise PipelineError(
+                f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, "
+                + (
+                    "which is older on Python 3.10 than on 3.11 and 3.12. Use the Python that it "
+                    "was trained with"
+                    if older
+                    else f"since it is damaged or not safe ({first_line(error)}). Train a new one"
+                )
+            ) from error

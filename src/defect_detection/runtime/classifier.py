@@ -1,5 +1,6 @@
 """The one way to a verdict: images in, verdicts out, without TensorFlow."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -90,14 +91,24 @@ class Classifier:
         self._making = threading.Lock()
         self._idle = [self._make()]
 
+    @property
+    def litert_sha256(self) -> str:
+        """SHA-256 of the LiteRT model."""
+        return hashlib.sha256(self._litert).hexdigest()
+
     @classmethod
-    def load(cls, folder: Path, threads: int | None = None) -> "Classifier":
+    def load(cls, folder: Path, threads: int | None = None, expected: str = "") -> "Classifier":
         """Load a saved model from its folder.
+
+        Args:
+            folder: of the model.
+            threads: as for the constructor.
+            expected: the SHA-256 of its checksums, "" if that is not known.
 
         Raises:
             PipelineError: the folder holds no model with the flavour `litert`, or a damaged one.
         """
-        served = ServedModel.load(folder)
+        served = ServedModel.load(folder, expected)
         try:
             return cls(served, threads)
         # LiteRT raises ValueError for a file that is no model and RuntimeError for half of one;

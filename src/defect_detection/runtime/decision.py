@@ -26,6 +26,16 @@ class OperatingPoint:
     review_low: float
     review_high: float
 
+    def __post_init__(self) -> None:
+        """Refuse values that no calibration gives, by which every part could pass.
+
+        Raises:
+            TypeError, ValueError: a value is no number, or out of range.
+        """
+        highest = float(np.nextafter(np.float32(1), np.float32(2)))  # above a probability of 1
+        if not (0 <= self.threshold <= 1 and 0 <= self.review_low <= self.review_high <= highest):
+            raise ValueError(f"{self} is out of range")
+
     def needs_review(self, probabilities: np.ndarray) -> np.ndarray:
         """Return which probabilities lie in the review band, bool of the same shape."""
         return (probabilities >= self.review_low) & (probabilities < self.review_high)

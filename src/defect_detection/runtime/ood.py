@@ -6,7 +6,7 @@ Such images are not known beforehand, so they are detected by how they differ fr
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class OodDetector:
             np.savez(file, **asdict(self))
 
     @classmethod
-    def load(cls, path: Path) -> "OodDetector":
+    def load(cls, path: Path | BinaryIO) -> "OodDetector":
         """Read what `save` wrote.
 
         Raises:
@@ -122,6 +122,8 @@ class OodDetector:
         with np.load(path) as saved:
             arrays = ("mean", "components")
             values = {name: saved[name] for name in cls.__dataclass_fields__}
+        if not all(np.isfinite(value).all() for value in values.values()):
+            raise ValueError("its limits are not finite")
         found: dict[str, Any] = {n: v if n in arrays else float(v) for n, v in values.items()}
         return cls(**found)
 
