@@ -78,6 +78,7 @@ def main() -> None:
     evaluation = EvaluationPlan(rules, prefix="test_")
 
     with store.connected(settings.tracking_uri(env)):
+        promotion.check_record(names.production_model_name)
         experiment = store.open_experiment(names.experiment_name)
         examples = folder.examples(own.inference_examples, print)
         version = choose_version(names)
@@ -88,7 +89,7 @@ def main() -> None:
         planned = plan(config, own, overrides, start, device)
         said = f"A retraining from {start.source} on {split.training}, judged on {split.testing}."
         with record.run(experiment, "re-train", said):
-            record.started_from(start.source)
+            record.started_from(start.source, start.version.source if start.version else "")
             record.dataset(split.training, "training")
             record.plan(planned, split.training)
             report_epoch(planned, reporter, 0, {})

@@ -27,6 +27,7 @@ def main() -> None:
     plan = EvaluationPlan(Rules(config.names, config.decisions, promotion.actor(env), promote))
 
     with store.connected(settings.tracking_uri(env)):
+        promotion.check_record(config.names.production_model_name)
         best = BestModel.read(config.best_model, cli.command("src/train.py", options))
         classifier = saved_model.load_classifier(best.model_uri)
         split = splits.load(folder, classifier.takes)

@@ -26,6 +26,7 @@ def main() -> None:
     name = settings.read_config(options.config).names.production_model_name
 
     with store.connected(settings.tracking_uri(env)):
+        promotion.check_record(name)
         by = promotion.actor(env)
         if options.version is not None:
             why = options.why or "chosen"

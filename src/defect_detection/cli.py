@@ -6,7 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from defect_detection import PipelineError
 
@@ -50,6 +51,24 @@ def command(script: str, options: argparse.Namespace, names: Sequence[str] = DAT
         if getattr(options, name, None):
             words += [f"--{name}", getattr(options, name)]
     return shlex.join(words)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put SIGTERM and SIGINT off until the block has ended."""
+    came: list[int] = []
+    # Not by a mask: other threads of the process would take the signals.
+    before = {
+        one: signal.signal(one, lambda number, _: came.append(number))
+        for one in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -16,7 +16,15 @@ from mlflow import MlflowClient
 
 from defect_detection import PipelineError
 from defect_detection.registry import promotion, store, versions
-from defect_detection.registry.versions import QUALIFIED, Version
+from defect_detection.registry.promotion import Election
+from defect_detection.registry.versions import (
+    LITERT,
+    PARENT,
+    QUALIFIED,
+    SET_ASIDE,
+    TRAINED,
+    Version,
+)
 
 DIGEST = "abcdef" * 10
 ROUNDS = {"sqlite": 50, "server": 10}  # the server takes a second for each
@@ -31,8 +39,15 @@ def register(name: str, acc: float, digest: str = DIGEST, **tags: str) -> Versio
     client, experiment = MlflowClient(), store.open_experiment("train/promotion")
     run = client.create_run(experiment)
     model = client.create_logged_model(experiment, source_run_id=run.info.run_id)
+    return register_model(name, model.model_uri, acc, digest, **tags)
+
+
+def register_model(name: str, uri: str, acc: float, digest: str = DIGEST, **tags: str) -> Version:
+    """Register a logged model, perhaps once more; one that was set aside stays so."""
     tags = {"test_digest": digest, "acc_unseen": "0.5"} | tags
-    return versions.register(model.model_uri, run.info.run_id, acc, "", name, tags)
+    if promotion.why_set_aside(name, Version(name, 0, 0.0, tags, uri)):
+        tags[SET_ASIDE] = "true"
+    return versions.register(uri, None, acc, "", name, tags)
 
 
 def as_it_is(version: Version) -> bool:
@@ -41,7 +56,7 @@ def as_it_is(version: Version) -> bool:
 
 
 def promote(name: str, digest: str = DIGEST, score: Callable[[Version], bool] = as_it_is) -> int:
-    return promotion.promote(name, digest, score, "tester").number
+    return promotion.promote(Election(name, digest, score), "tester").number
 
 
 def prod(name: str) -> int | None:
@@ -62,10 +77,35 @@ def test_alias_goes_to_the_highest_accuracy_and_a_worse_challenger_never_takes_i
         assert prod(name) == expected
 
 
-def test_tie_goes_to_the_newer_version(name):
-    for expected in (1, 2):
+def test_in_a_tie_the_alias_stays_since_the_newer_version_is_not_better(name):
+    for _ in range(2):
         register(name, 0.75)
-        assert promote(name) == expected
+        assert promote(name) == 1
+    assert len(promotion.history(name)) == 1
+
+
+def test_champion_is_not_scored_again_where_nothing_could_replace_it(name):
+    register(name, 0.8, digest="large")
+    promote(name, "large")
+    register(name, 0.9, digest="small", released="false")
+    assert promote(name, "small", score=lambda version: pytest.fail("scored again")) == 1
+
+
+def test_version_tested_on_fewer_photographs_does_not_replace_the_champion(name):
+    register(name, 0.9778, digest="large", test_photographs="90 def_front, 90 ok_front")
+    promote(name, "large")
+    for few in ("1 def_front, 1 ok_front", "200 def_front, 89 ok_front"):
+        found = register(name, 1.0, digest=few, test_photographs=few)
+        assert promote(name, few, score=lambda version: pytest.fail("scored again")) == 1
+        assert f"tested on {few} photographs" in found.unlike(versions.in_production(name))
+    more = "91 def_front, 90 ok_front"
+    register(name, 0.98, digest=more, test_photographs=more)
+
+    def score(version: Version) -> bool:
+        versions.update(version, 0.97, {"test_digest": more}, "")
+        return True
+
+    assert promote(name, more, score=score) == 4
 
 
 def test_accuracies_are_compared_as_numbers_not_as_texts(name):
@@ -184,6 +224,98 @@ def test_rollback_restores_the_former_version_and_again_the_one_before(name):
     with pytest.raises(PipelineError, match="no former version to go back to"):
         promotion.roll_back(name, "scratches", "person")
     assert prod(name) == 1
+
+
+def test_model_that_was_set_aside_stays_so_under_another_number(name):
+    first = register(name, 0.8, **{LITERT: "a"})
+    promote(name)
+    second = register(name, 0.9, **{LITERT: "b"})
+    promote(name)
+    promotion.roll_back(name, "misses cracks", "person")
+    assert register_model(name, second.source, 0.9).number == 3  # evaluated once more
+    assert promote(name) == 1
+    register(name, 0.9, **{LITERT: "b"})  # trained once more, with the same result
+    assert promote(name) == 1
+    same_images = {PARENT: second.source, TRAINED: "digest"}
+    versions.set_tags(versions.with_accuracy(name)[1], {TRAINED: "digest"})
+    child = register(name, 0.9, **same_images)
+    assert promote(name) == 1
+    said = promotion.why_set_aside(name, Version(name, 0, 0.0, same_images, "models:/another"))
+    assert said == (
+        "it is fine-tuned, on the same images, from version 2, which a person set aside"
+    )
+    register(name, 0.95, **same_images | {TRAINED: "more images"})
+    assert promote(name) == 6
+    assert child.number == 5 and first.number == 1
+
+
+def test_rollback_sets_aside_all_numbers_of_a_model(name):
+    register(name, 0.8)
+    promote(name)
+    second = register(name, 0.9)
+    promote(name)
+    register_model(name, second.source, 0.7)
+    assert promotion.roll_back(name, "misses cracks", "person").set_aside == [2, 3]
+
+
+def test_rollback_works_after_two_evaluations_moved_the_alias_at_once(name, monkeypatch):
+    for acc in (0.7, 0.8):
+        register(name, acc)
+        promote(name)
+    register(name, 0.9)
+    real, once = versions.in_production, []
+
+    def the_other_first(of):
+        """The other evaluation moves between this one's decision and its move."""
+        if not once and len(promotion.history(name)) == 2:
+            once.append(1)
+            present = real(of)
+            promote(name)
+            return present
+        return real(of)
+
+    monkeypatch.setattr(versions, "in_production", the_other_first)
+    assert promote(name) == 3
+    monkeypatch.undo()
+    changes = [(one.change.before, one.change.after) for one in promotion.history(name)]
+    assert changes == [(2, 3), (1, 2), (None, 1)]
+    assert promotion.roll_back(name, "scratches", "person").after == 2
+
+
+def test_record_of_a_change_to_itself_does_not_stop_a_rollback(name, monkeypatch):
+    """Two evaluations at once left such records."""
+    for acc in (0.7, 0.8):
+        register(name, acc)
+        promote(name)
+    promotion._move(versions.in_production(name), "highest acc", "tester", confirm=True)
+    newest = promotion.history(name)[0].change
+    assert (newest.before, newest.after) == (2, 2)
+    assert promotion.roll_back(name, "scratches", "person").after == 1
+
+
+def test_alias_that_was_moved_outside_is_said_until_a_person_settles_it(name, caplog):
+    promotion.check_record(name)
+    for acc in (0.7, 0.8):
+        register(name, acc)
+        promote(name)
+    promotion.check_record(name)
+    assert not caplog.records
+    client = MlflowClient()
+    client.set_registered_model_alias(name, "prod", "1")
+    promotion.check_record(name)
+    assert f"prod of {name} is version 1, but the record gave it to version 2" in caplog.text
+    change = promotion.choose(name, 1, "that was me", "person")
+    assert (change.before, change.after, change.set_aside) == (2, 1, [2])
+    assert not promotion.moved_outside(name)
+    client.delete_registered_model_alias(name, "prod")
+    assert "is no version, but the record gave it to version 1" in promotion.moved_outside(name)
+    promotion.choose(name, 1, "it stays", "person")
+    assert not promotion.moved_outside(name)
+
+
+def test_alias_without_any_record_is_said(name):
+    versions.set_alias(register(name, 0.7), "prod")
+    assert "but the record gave it to no version" in promotion.moved_outside(name)
 
 
 def test_impossible_changes_are_refused_in_one_line(name):

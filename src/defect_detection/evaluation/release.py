@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from defect_detection.dataset.split import FEW_DEFECTS, Split
 from defect_detection.evaluation import metrics
-from defect_detection.evaluation.metrics import Comparison, Rate, Scores
+from defect_detection.evaluation.metrics import Comparison, ErrorRates, Rate, Scores
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.registry.versions import Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, CLASSES, POSITIVE
 from defect_detection.settings import Decisions
 
+COIN = 0.5  # share that is judged rightly by chance
 CHANCE = 0.025  # p-value from which a model may be guessing; that of a 95 % bound on one side
 FEW_PHOTOGRAPHS = 50  # of a class in training, below which more are the first thing to try
 GOOD_RANKING = 0.9  # ROC AUC from which the threshold, not the model, is the problem
@@ -78,6 +79,8 @@ def judge(evaluation: Evaluation, decisions: Decisions, least_accuracy: float) -
         reasons.append(f"a test accuracy of {accuracy:.4f} is below {least_accuracy:.0%}")
     if decisions.refuse_chance and not rates.escapes.of:
         reasons.append("there is no defect among the test images, so nothing is known of escapes")
+    elif decisions.refuse_chance and too_few(rates):
+        reasons.append(too_few(rates))
     elif decisions.refuse_chance and _by_chance(evaluation.photograph_scores):
         balanced = evaluation.photograph_scores.balanced_accuracy
         reasons.append(f"a balanced accuracy of {balanced:.2f} by photograph may be chance")
@@ -88,6 +91,22 @@ def judge(evaluation: Evaluation, decisions: Decisions, least_accuracy: float) -
             _exceeds(rates.overkill, "good parts are rejected", decisions.max_overkill_rate)
         )
     return Release(tuple(reasons), _advice(evaluation) if reasons else ())
+
+
+def too_few(rates: ErrorRates) -> str:
+    """Return of which class there are too few photographs to test with, "" if there are enough.
+
+    There are enough if judging all of them rightly would show, by the exact bounds, more than what
+    tossing a coin does.
+    """
+    for what, count in (("defects", rates.escapes.of), ("good parts", rates.overkill.of)):
+        low, high = Rate(count, count).bounds
+        if low <= COIN:
+            return (
+                f"{count} photograph{'' if count == 1 else 's'} of {what} cannot tell a model from "
+                f"chance, not even if all are judged rightly (95% bounds {low:.0%} to {high:.0%})"
+            )
+    return ""
 
 
 def _by_chance(scores: Scores) -> bool:

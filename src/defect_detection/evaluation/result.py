@@ -25,6 +25,7 @@ class Evaluation:
         probabilities: float32 (n,) of a defect, for each test image.
         maps: float32 (n, h, w), evidence of a defect.
         unknown: test images that the model calls unknown.
+        litert_sha256: of the model.
     """
 
     split: Split
@@ -34,6 +35,7 @@ class Evaluation:
     probabilities: np.ndarray
     maps: np.ndarray
     unknown: Rate
+    litert_sha256: str = ""
 
     @property
     def labels(self) -> np.ndarray:
@@ -152,4 +154,5 @@ def evaluate(classifier: Classifier, split: Split) -> Evaluation:
         probabilities=probabilities,
         maps=maps,
         unknown=Rate(unknown, len(images)),
+        litert_sha256=classifier.litert_sha256,
     )

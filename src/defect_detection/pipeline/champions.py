@@ -2,14 +2,15 @@
 
 import logging
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, StoreError
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import metrics
 from defect_detection.evaluation.metrics import Comparison
 from defect_detection.evaluation.result import Evaluation, evaluate
 from defect_detection.pipeline import tell
 from defect_detection.registry import saved_model, versions
-from defect_detection.registry.versions import Version
+from defect_detection.registry.versions import TESTED, Version
+from defect_detection.runtime.decision import CLASSES
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class Champions:
     def __init__(self, split: Split):
         self._split = split
         self._judged: dict[int, Evaluation | None] = {}
+        self._out_of_reach: dict[int, str] = {}
 
     def add(self, version: Version, evaluation: Evaluation) -> None:
         """Add a version that was judged on these images."""
@@ -30,12 +32,23 @@ class Champions:
         if version.number not in self._judged:
             try:
                 classifier = saved_model.load_classifier(version.uri)
+            except StoreError as error:
+                self._out_of_reach[version.number] = f"it cannot be compared now ({error})"
+                self._judged[version.number] = None
             except PipelineError as error:
                 log.warning("%s cannot be compared: %s", version.uri, error)
                 self._judged[version.number] = None
             else:
                 self._judged[version.number] = evaluate(classifier, self._split)
         return self._judged[version.number]
+
+    def out_of_reach(self, version: Version) -> str:
+        """Return why the files of a version are not to be had now, "" if they are.
+
+        A moment without the store's files is no reason to replace the version.
+        """
+        self.judged(version)
+        return self._out_of_reach.get(version.number, "")
 
     def compare(self, champion: Version, evaluation: Evaluation) -> Comparison | None:
         """Compare an evaluated model with a version; None if the version cannot be run."""
@@ -60,7 +73,9 @@ class Champions:
             return False
         if version.test_digest != self._split.testing.digest:
             # Which of these images it was trained on is not known.
+            photographs = dict(zip(CLASSES, self._split.testing.photograph_counts, strict=True))
             tags = judged.tags() | {"acc_unseen": "unknown", "leaked_share": "unknown"}
+            tags[TESTED] = versions.tested(photographs)
             acc = judged.scores.accuracy
             versions.update(version, acc, tags, f"{judged.summary()} Scored again.")
             tell.scored_again(version, acc)

@@ -1,19 +1,32 @@
 """Evaluates a logged model, registers it and writes the report."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, cli
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import parity, release, report, robustness
+from defect_detection.evaluation.release import Registration
 from defect_detection.evaluation.report import Origin
 from defect_detection.evaluation.result import Evaluation, evaluate
 from defect_detection.pipeline import record, tell
 from defect_detection.pipeline.champions import Champions
-from defect_detection.pipeline.register import LoggedModel, Rules, move_alias, register
+from defect_detection.pipeline.register import LoggedModel, Rules, carry_out, foresee, register
 from defect_detection.registry import saved_model
 from defect_detection.registry.versions import Version
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
+
+
+class Outcome(Protocol):
+    """Who waits for what is registered."""
+
+    def prepare(self, registry: str, version: int, acc: float) -> None:
+        """Take the room for the result, before the alias moves."""
+
+    def result(self, registry: str, version: int, acc: float) -> None:
+        """Report the result."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +36,12 @@ class EvaluationPlan:
     Attributes:
         rules: what its registration goes by.
         prefix: precedes the names of the figures in a run that has training figures too.
+        outcome: is told what is registered, if a job waits for that.
     """
 
     rules: Rules
     prefix: str = ""
+    outcome: "Outcome | None" = None
 
 
 def evaluate_and_register(
@@ -51,21 +66,39 @@ def evaluate_and_register(
     version, decision = register(model, evaluation, champions, plan.rules)
     record.version(version, decision.compared(), decision.comparison)
     tell.comparison(decision.compared())
-    done = move_alias(version, decision, evaluation, champions, plan.rules)
+    log_report = _reporting(model, classifier, evaluation, plan)
+    foreseen = foresee(version, decision, champions, plan.rules)
+    uri = log_report(foreseen)
+    registered = version.name, version.number, version.acc
+    if plan.outcome is not None:
+        plan.outcome.prepare(*registered)
+    with cli.uninterrupted():
+        done = carry_out(version, decision, champions, plan.rules)
+        if plan.outcome is not None:
+            plan.outcome.result(*registered)
     record.decision(done.decision)
     tell.decision(done.decision)
-    page = report.html(
-        evaluation,
-        done,
-        robustness.measure(classifier, split.testing),
-        plan.rules.decisions,
-        Origin(record.run_id(), record.commit(), *record.training(model.run_id)),
-    )
-    uri = record.page(page, report.table(evaluation))
+    if done.decision != foreseen.decision:  # another evaluation moved the alias meanwhile
+        log_report(done)
     tell.report(uri)
     if not done.release.released:
         tell.diagnosis(release.diagnosis(evaluation, done.release, uri))
     return done.version
+
+
+def _reporting(
+    model: LoggedModel, classifier: Classifier, evaluation: Evaluation, plan: EvaluationPlan
+) -> Callable[[Registration], str]:
+    """Return a function that logs the report with a registration and returns where it is."""
+    found = robustness.measure(classifier, evaluation.split.testing)
+    origin = Origin(record.run_id(), record.commit(), *record.training(model.run_id))
+    table = report.table(evaluation)
+
+    def log(registration: Registration) -> str:
+        page = report.html(evaluation, registration, found, plan.rules.decisions, origin)
+        return record.page(page, table)
+
+    return log
 
 
 def _require_parity(model: LoggedModel, classifier: Classifier, evaluation: Evaluation) -> None:

@@ -19,7 +19,7 @@ from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline.fit import Fit, FitPlan, Fold
 from defect_detection.registry import saved_model
-from defect_detection.registry.versions import Version
+from defect_detection.registry.versions import PARENT, TRAINED, Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
 from defect_detection.runtime.model_files import ServedModel
 
@@ -62,9 +62,9 @@ def run(
         yield
 
 
-def started_from(source: str) -> None:
-    """Log in words what a retraining starts from."""
-    mlflow.set_tag("started_from", source)
+def started_from(source: str, parent: str) -> None:
+    """Log in words what a retraining starts from, and the URI of its model, "" if it is new."""
+    mlflow.set_tags({"started_from": source} | ({PARENT: parent} if parent else {}))
 
 
 def dataset(data: Dataset, context: str) -> None:
@@ -228,6 +228,13 @@ def training(run_id: str) -> tuple[dict[str, str], dict[str, list[float]]]:
     run, names = mlflow.get_run(run_id), ("loss", "accuracy", "val_loss", "val_accuracy")
     curves = {name: history(run, name) for name in names}
     return run.data.params, curves if all(curves.values()) else {}
+
+
+def lineage(run_id: str) -> dict[str, str]:
+    """Return the tags of a version that say what its training run learned from."""
+    run = mlflow.get_run(run_id)
+    known = {TRAINED: run.data.params.get("training_digest"), PARENT: run.data.tags.get(PARENT)}
+    return {tag: value for tag, value in known.items() if value}
 
 
 def history(run: Run, metric: str) -> list[float]:

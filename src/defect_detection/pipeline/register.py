@@ -1,6 +1,6 @@
 """Registers an evaluated model: decide where it goes, describe it, carry it out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from defect_detection.evaluation.metrics import Comparison
@@ -8,18 +8,26 @@ from defect_detection.evaluation.release import Registration, Release, judge
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline import record
 from defect_detection.pipeline.champions import Champions
-from defect_detection.registry import promotion, versions
+from defect_detection.registry import promotion, saved_model, versions
+from defect_detection.registry.promotion import Election
 from defect_detection.registry.versions import (
     EVALUATED_BY,
     IMAGES,
+    LITERT,
     NOT_RELEASED,
     PRODUCTION_ALIAS,
     QUALIFIED,
     RELEASED,
+    SET_ASIDE,
     TAKES,
+    TEST_DIGEST,
+    TESTED,
     Version,
 )
+from defect_detection.runtime.decision import CLASSES
 from defect_detection.settings import Decisions, MLflowNames
+
+UNFINISHED = "its evaluation did not end"
 
 
 class LoggedModel(Protocol):
@@ -66,6 +74,7 @@ class Decision:
         qualified: whether the rule `promotion` lets the version get the alias.
         release: whether it is released.
         unlike: why it cannot be compared with the champion, "" if it can.
+        set_aside: why it waits for a person, "" if it need not.
     """
 
     name: str
@@ -74,6 +83,15 @@ class Decision:
     qualified: bool
     release: Release
     unlike: str
+    set_aside: str
+
+    @property
+    def may_move(self) -> bool:
+        """Whether the version takes part in the choice of the one that has the alias.
+
+        If not, the champion is not scored again either.
+        """
+        return self.release.released and not self.unlike and not self.set_aside
 
     def compared(self) -> str:
         """Return the comparison with the champion in words."""
@@ -87,29 +105,38 @@ class Decision:
         return f"Compared with {known}: {self.comparison}"
 
 
-def decide(evaluation: Evaluation, champions: Champions, rules: Rules) -> Decision:
+def decide(
+    model: LoggedModel, evaluation: Evaluation, champions: Champions, rules: Rules
+) -> Decision:
     """Decide by the test accuracy and by the comparison with the champion on the same images."""
+    name = versions.gate(evaluation.scores.accuracy, rules.names)
+    challenger = Version(name, 0, 0.0, identity(model, evaluation), model.model_uri)
     champion = versions.in_production(rules.names.production_model_name)
-    unlike = comparison = None
+    unlike, comparison = "", None
     if champion is not None:
-        unlike = Version("", 0, 0.0, data_tags(evaluation)).unlike(champion)
+        unlike = challenger.unlike(champion) or champions.out_of_reach(champion)
         comparison = None if unlike else champions.compare(champion, evaluation)
     better = comparison is None or comparison.verdict == "better"
     return Decision(
-        name=versions.gate(evaluation.scores.accuracy, rules.names),
+        name=name,
         champion=champion,
         comparison=comparison,
         qualified=rules.decisions.promotion != "significant" or better,
         release=judge(evaluation, rules.decisions, rules.names.evaluation_threshold),
-        unlike=unlike or "",
+        unlike=unlike,
+        set_aside=promotion.why_set_aside(name, challenger),
     )
 
 
 def register(
     model: LoggedModel, evaluation: Evaluation, champions: Champions, rules: Rules
 ) -> tuple[Version, Decision]:
-    """Register a logged model under the name that its test accuracy earns."""
-    decision = decide(evaluation, champions, rules)
+    """Register a logged model under the name that its test accuracy earns.
+
+    Until `release` is called, the version is not released, so that an evaluation that ends before
+    its report leaves nothing that could get the alias.
+    """
+    decision = decide(model, evaluation, champions, rules)
     description, tags = describe(model, evaluation, decision)
     version = versions.register(
         model.model_uri,
@@ -117,27 +144,38 @@ def register(
         evaluation.scores.accuracy,
         description,
         decision.name,
-        tags,
+        tags | {RELEASED: "false", NOT_RELEASED: UNFINISHED},
     )
+    champions.add(version, evaluation)
     return version, decision
 
 
-def move_alias(
-    version: Version,
-    decision: Decision,
-    evaluation: Evaluation,
-    champions: Champions,
-    rules: Rules,
+def foresee(
+    version: Version, decision: Decision, champions: Champions, rules: Rules
 ) -> Registration:
-    """Move the alias of a version's registered model, if the rule says so."""
+    """Return what `carry_out` is going to do, for the report that must exist before."""
     if decision.name == rules.names.testing_model_name:
-        said, in_production = _queue(version, rules.names), False
-    else:
-        champions.add(version, evaluation)
-        said, in_production = _promote(version, decision, champions, rules)
-    return Registration(
-        version, decision.champion, decision.comparison, decision.release, said, in_production
-    )
+        return _registration(version, decision, _queued(version, version, rules.names), False)
+    first = decision.champion
+    if decision.may_move:
+        coming = _with_tags(version, _release_tags(decision))
+        first = _election(version, champions).winner(coming)
+    return _promoted(version, decision, first, rules)
+
+
+def carry_out(
+    version: Version, decision: Decision, champions: Champions, rules: Rules
+) -> Registration:
+    """Release a version, if it is to be, and move the alias, if the rules say so."""
+    versions.set_tags(version, _release_tags(decision))
+    version = _with_tags(version, _release_tags(decision))
+    if decision.name == rules.names.testing_model_name:
+        queued = versions.queue_for_retraining(rules.names)
+        return _registration(version, decision, _queued(version, queued, rules.names), False)
+    first = decision.champion
+    if decision.may_move:
+        first = promotion.promote(_election(version, champions), rules.by)
+    return _promoted(version, decision, first, rules)
 
 
 def describe(
@@ -149,50 +187,83 @@ def describe(
         f"from photographs of training; {evaluation.unseen}. Validation accuracy "
         f"{model.val_accuracy:.4f}."
     )
-    tags = evaluation.tags() | data_tags(evaluation)
+    tags = evaluation.tags() | identity(model, evaluation)
+    tags[saved_model.CHECKSUM] = saved_model.checksum(model.model_uri)
     if decision.comparison is not None:
         tags["comparison"] = decision.compared()
     if not decision.qualified:
         tags[QUALIFIED] = "false"
+    if decision.set_aside:
+        tags[SET_ASIDE] = "true"
     tags[EVALUATED_BY] = record.run_id()
-    tags[RELEASED] = str(decision.release.released).lower()
-    if not decision.release.released:
-        tags[NOT_RELEASED] = "; ".join(decision.release.reasons)
     return description, tags
 
 
-def data_tags(evaluation: Evaluation) -> dict[str, str]:
-    """Return the tags by which versions of different products are told apart."""
-    return {TAKES: str(evaluation.takes), IMAGES: evaluation.split.sketch}
+def _release_tags(decision: Decision) -> dict[str, str | None]:
+    released = decision.release.released
+    why_not = None if released else "; ".join(decision.release.reasons)
+    return {NOT_RELEASED: why_not, RELEASED: str(released).lower()}
 
 
-def _queue(version: Version, names: MLflowNames) -> str:
-    queued = versions.queue_for_retraining(names)
+def _with_tags(version: Version, tags: dict[str, str | None]) -> Version:
+    every = {**version.tags, **tags}
+    return replace(version, tags={tag: value for tag, value in every.items() if value is not None})
+
+
+def identity(model: LoggedModel, evaluation: Evaluation) -> dict[str, str]:
+    """Return the tags by which versions of other products, data or models are told apart."""
+    testing = evaluation.split.testing
+    photographs = dict(zip(CLASSES, testing.photograph_counts, strict=True))
+    return {
+        TAKES: str(evaluation.takes),
+        IMAGES: evaluation.split.sketch,
+        TESTED: versions.tested(photographs),
+        TEST_DIGEST: testing.digest,
+        LITERT: evaluation.litert_sha256,
+    } | record.lineage(model.run_id)
+
+
+def _election(version: Version, champions: Champions) -> Election:
+    return Election(version.name, version.tags[TEST_DIGEST], champions.update)
+
+
+def _registration(
+    version: Version, decision: Decision, said: str, in_production: bool
+) -> Registration:
+    return Registration(
+        version, decision.champion, decision.comparison, decision.release, said, in_production
+    )
+
+
+def _queued(version: Version, queued: Version, names: MLflowNames) -> str:
     return (
         f"Registered as {version.name} version {version.number}, below the test accuracy of "
         f"{names.evaluation_threshold:.0%}; {names.testing_model_alias} is version {queued.number}"
     )
 
 
-def _promote(
-    version: Version, decision: Decision, champions: Champions, rules: Rules
-) -> tuple[str, bool]:
-    first = decision.champion
-    if not decision.unlike:  # else the champion would be scored again on another product
-        digest = version.tags["test_digest"]
-        first = promotion.promote(version.name, digest, champions.update, rules.by)
+def _promoted(
+    version: Version, decision: Decision, first: Version | None, rules: Rules
+) -> Registration:
+    """Say which version has the alias, `first`, and why."""
     said = f"Registered as {version.name} version {version.number}"
-    if not version.released:
+    released, here = decision.release.released, first is not None and first.number == version.number
+    if not released:
         said += ", not released"
     if first is None:
-        return f"{said}; no version has the alias {PRODUCTION_ALIAS}", False
-    said += (
-        f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of {first.acc:.4f}"
-    )
-    if decision.unlike:
-        said += f", and stays: {decision.unlike}"
-        if version.released:
+        said += f"; no version has the alias {PRODUCTION_ALIAS}"
+    else:
+        said += (
+            f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of "
+            f"{first.acc:.4f}"
+        )
+    why = decision.unlike or decision.set_aside
+    if why and not here:
+        said += f", and stays: {why}" if first is not None else f", since {why}"
+        if released:
             said += f". A person may decide: {rules.promote} --version {version.number}"
-    elif not version.qualified:
+    elif not decision.qualified and not here:
         said += ", since only a version that is significantly better replaces it"
-    return said, first.number == version.number
+    elif first is not None and released and not here and first.acc == version.acc:
+        said += ", and stays, since this one is not better"
+    return _registration(version, decision, said, here)

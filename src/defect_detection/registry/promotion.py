@@ -1,7 +1,9 @@
 """Which version has the alias prod, and why: each change of the alias is recorded as a run."""
 
 import getpass
+import itertools
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -15,6 +17,8 @@ from mlflow.entities import Run
 from defect_detection import PipelineError
 from defect_detection.registry import store, versions
 from defect_detection.registry.versions import PRODUCTION_ALIAS, SET_ASIDE, Version
+
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "promotion/{}"
 # Tags of the run that records a change.
@@ -67,42 +71,76 @@ def actor(env: Mapping[str, str]) -> str:
     return f"{user} on {socket.gethostname()}"
 
 
-def promote(name: str, digest: str, score: Callable[[Version], bool], by: str) -> Version | None:
-    """Point the alias at the version with the highest `acc`, in a tie at the newer one.
+class Election:
+    """Finds the version that should have the alias: the one with the highest `acc`.
 
     Accuracies on different test images cannot be compared, so only versions that were tested on
-    the same images take part. The present version does: it is scored again if necessary.
+    the same images take part. The present version does: it is scored again if necessary. In a tie
+    it keeps the alias, since the other is not better.
+    """
+
+    def __init__(self, name: str, digest: str, score: Callable[[Version], bool]):
+        """Choose among the versions of a registered model.
+
+        Args:
+            name: of the registered model.
+            digest: of the test images.
+            score: updates a version's figures to these images; returns whether the version can be
+                run.
+        """
+        self.name = name
+        self.digest = digest
+        self._score = score
+        self._unusable: set[int] = set()
+
+    def winner(self, coming: Version | None = None) -> Version | None:
+        """Return the version, None if none is released.
+
+        Args:
+            coming: a version as it is going to be, whatever the store says of it now.
+        """
+        present = versions.in_production(self.name)
+        kept = present.number if present is not None else None
+        others = [
+            one
+            for one in self._tested(coming)
+            if one.number not in (kept, *self._unusable) and _may_replace(one, present)
+        ]
+        if not others:  # nothing could replace it, so it is not scored again either
+            return present
+        if present is not None:
+            if self._score(present):
+                others += [one for one in self._tested() if one.number == kept]
+            else:
+                self._unusable.add(present.number)
+        return max(others, key=lambda one: (one.acc, one.number == kept, one.number))
+
+    def _tested(self, coming: Version | None = None) -> list[Version]:
+        known = {one.number: one for one in versions.with_accuracy(self.name)}
+        if coming is not None:
+            known[coming.number] = coming
+        return [one for one in known.values() if one.test_digest == self.digest]
+
+
+def promote(election: Election, by: str) -> Version | None:
+    """Point the alias at the winner of an election.
 
     Another process may register a better version between the query and the move. Each process
     queries again after its move, so the last one to move has seen all versions.
 
     Args:
-        name: of the registered model.
-        digest: of the test images.
-        score: updates a version's figures to these images; returns whether the version can be run.
+        election: among the versions of a registered model.
         by: the user or the CI run that evaluates.
 
     Returns:
         The version that has the alias now, None if none is released.
     """
+    name, digest, target = election.name, election.digest, None
     _settle(name)
-    target, unusable = None, set()
     while True:
+        best = election.winner()
         present = versions.in_production(name)
-        kept = present.number if present is not None else None
-        if present is not None and not score(present):
-            unusable.add(kept)
-        eligible = [
-            version
-            for version in versions.with_accuracy(name)
-            if version.test_digest == digest
-            and version.number not in unusable
-            and (version.number == kept or _may_replace(version, present))
-        ]
-        if not eligible:
-            return present
-        best = max(eligible, key=lambda version: (version.acc, version.number))
-        if best.number in (target, kept):
+        if best is None or best.number in (target, present and present.number):
             return best
         why = f"highest acc on the test images {digest[:12]}"
         _move(best, f"{why}: {best.acc:.4f}", by)
@@ -113,6 +151,43 @@ def _may_replace(version: Version, present: Version | None) -> bool:
     """Return whether a version with a higher accuracy gets the alias."""
     alike = present is None or not version.unlike(present)
     return version.released and version.qualified and not version.set_aside and alike
+
+
+def why_set_aside(name: str, version: Version) -> str:
+    """Return why a version that is not registered yet must wait for a person, "" if it need not.
+
+    Whoever set a version aside meant the model, under whatever number it comes back.
+    """
+    for known in reversed(versions.with_accuracy(name)):
+        how = version.repeats(known) if known.set_aside else ""
+        if how:
+            return f"it is {how} version {known.number}, which a person set aside"
+    return ""
+
+
+def moved_outside(name: str) -> str:
+    """Return that the alias was moved past the record, as MLflow's page can; "" if it was not."""
+    present = versions.in_production(name)
+    recorded = history(name)
+    last = next((one.change for one in recorded if one.done), None)
+    after = present.number if present is not None else None
+    unfinished = {
+        one.change.after for one in itertools.takewhile(lambda one: not one.done, recorded)
+    }
+    if after == (last.after if last else None) or after in unfinished:
+        return ""
+    is_now = f"{PRODUCTION_ALIAS} of {name} is {f'version {after}' if after else 'no version'}"
+    known = f"version {last.after} on {last.at}" if last else "no version"
+    return (
+        f"{is_now}, but the record gave it to {known}: it was moved outside this project, where "
+        f"everyone who reaches MLflow can. 'python src/promote.py --version N' settles it"
+    )
+
+
+def check_record(name: str) -> None:
+    """Log a warning if the alias was moved past the record."""
+    if found := moved_outside(name):
+        log.warning("%s", found)
 
 
 def choose(name: str, number: int, why: str, by: str) -> Change:
@@ -130,16 +205,23 @@ def choose(name: str, number: int, why: str, by: str) -> Change:
         known = ", ".join(map(str, every)) or "none"
         raise PipelineError(f"{name} has no version {number} with an accuracy; there are: {known}")
     target, present = every[number], versions.in_production(name)
-    if present is not None and present.number == number:
+    outside = moved_outside(name)
+    if present is not None and present.number == number and not outside:
         raise PipelineError(f"{PRODUCTION_ALIAS} is version {number} of {name} already")
     if not target.released:
         raise PipelineError(
             f"{name} version {number} is not released: {target.why_not_released}. To release it "
             f"nevertheless, turn that rule off in src/config.yaml and evaluate it again"
         )
-    preferred = {v.number for v in every.values() if (v.acc, v.number) > (target.acc, number)}
-    left = {present.number} if present is not None else set()
-    return _move(target, why, by, sorted(preferred | left))
+    aside = {v.number for v in every.values() if (v.acc, v.number) > (target.acc, number)}
+    if present is not None:
+        aside.add(present.number)
+    # Under all numbers that their models have.
+    meant = [every[one] for one in aside if one in every]
+    aside |= {v.number for v in every.values() if any(v.repeats(one) for one in meant)}
+    change = _move(target, why, by, sorted(aside - {number}), confirm=bool(outside))
+    assert change is not None
+    return change
 
 
 def roll_back(name: str, why: str, by: str) -> Change:
@@ -154,7 +236,9 @@ def roll_back(name: str, why: str, by: str) -> Change:
         usable = {v.number for v in versions.with_accuracy(name) if v.released and not v.set_aside}
         for recorded in history(name):
             change = recorded.change
-            if recorded.done and change.after == present.number and change.before in usable:
+            # Two evaluations at once once recorded a change from a version to itself.
+            led_here = change.after == present.number != change.before
+            if recorded.done and led_here and change.before in usable:
                 return choose(name, change.before, why, by)
     raise PipelineError(f"{name} has no former version to go back to; --list shows all")
 
@@ -164,13 +248,26 @@ def history(name: str) -> list[Recorded]:
     return [_read(run) for run in _runs(name)]
 
 
-def _move(target: Version, why: str, by: str, set_aside: list[int] | None = None) -> Change:
+def _move(
+    target: Version,
+    why: str,
+    by: str,
+    set_aside: list[int] | None = None,
+    confirm: bool = False,
+) -> Change | None:
     """Record a change, carry it out, then tag the versions.
+
+    Nothing is done, and None returned, if the version has the alias already, as after another
+    evaluation at the same time; unless `confirm` says that the record lacks it.
 
     Moving the alias is the one step that counts. A process that dies before it leaves a record
     that is not done. If it dies after it, the next change finishes the tags (`_settle`).
     """
     present = versions.in_production(target.name)
+    if present is not None and present.number == target.number:
+        if not confirm:
+            return None
+        present = _recorded(target.name)
     known = {str(v.number): v for v in (present, target) if v is not None}
     change = Change(
         before=present.number if present is not None else None,
@@ -194,6 +291,12 @@ def _move(target: Version, why: str, by: str, set_aside: list[int] | None = None
         versions.set_alias(target, PRODUCTION_ALIAS)
         _finish(target.name, _read(run))
     return change
+
+
+def _recorded(name: str) -> Version | None:
+    """Return the version that has the alias by the record."""
+    last = next((one.change.after for one in history(name) if one.done), None)
+    return next((one for one in versions.with_accuracy(name) if one.number == last), None)
 
 
 def _settle(name: str) -> None:

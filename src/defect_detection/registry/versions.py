@@ -1,7 +1,9 @@
 """Versions of registered models: the gate, registration, tags and aliases."""
 
 import logging
+import math
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,11 @@ RELEASED, NOT_RELEASED = "released", "not_released"  # the second says why not
 EVALUATED_BY = "evaluation_run"
 TAKES = "takes"  # the pixels that its model takes, in words
 IMAGES = "images"  # a sketch of the images that it was trained and tested on
+TEST_DIGEST = "test_digest"  # of the images that `acc` was measured on
+TESTED = "test_photographs"  # how many of each class `acc` was measured on
+LITERT = "litert_sha256"  # of its LiteRT model
+PARENT = "parent_model"  # URI of the logged model that it was fine-tuned from
+TRAINED = "training_digest"  # of the images that it was trained on
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ class Version:
         ours, theirs = self.tags.get(TAKES), other.tags.get(TAKES)
         if ours and theirs and ours != theirs:
             return f"it takes images of {ours}, version {other.number} of {theirs}"
+        if self.test_digest != other.test_digest and self._tested_on_fewer(other):
+            return (
+                f"it was tested on {self.tags[TESTED]} photographs, and the accuracy of version "
+                f"{other.number} rests on {other.tags[TESTED]}"
+            )
         ours, theirs = self.tags.get(IMAGES), other.tags.get(IMAGES)
         if ours and theirs and not sketch.share(ours, theirs):
             return (
@@ -82,10 +94,36 @@ class Version:
             )
         return ""
 
+    def _tested_on_fewer(self, other: "Version") -> bool:
+        """Return whether it was tested on fewer photographs of a class than another version."""
+        ours, theirs = (_counts(one.tags.get(TESTED, "")) for one in (self, other))
+        return any(own < known for own, known in zip(ours, theirs, strict=False))
+
+    def repeats(self, other: "Version") -> str:
+        """Return in which way it is another version once more, "" if it is not."""
+        if self.source and self.source == other.source:
+            return "the same model as"
+        if self.tags.get(LITERT) and self.tags.get(LITERT) == other.tags.get(LITERT):
+            return "a model with the same weights as"
+        same_images = self.tags.get(TRAINED) == other.tags.get(TRAINED, "unknown")
+        if same_images and other.source and self.tags.get(PARENT) == other.source:
+            return "fine-tuned, on the same images, from"
+        return ""
+
     @property
     def set_aside(self) -> bool:
         """Whether a person moved the alias away from it or past it."""
         return self.tags.get(SET_ASIDE) == "true"
+
+
+def tested(photographs: Mapping[str, int]) -> str:
+    """Return the value of the tag `TESTED` for the number of photographs of each class."""
+    return ", ".join(f"{count} {name}" for name, count in photographs.items())
+
+
+def _counts(described: str) -> list[int]:
+    """Return the numbers of photographs in the tag `TESTED`, none for versions without it."""
+    return [int(count) for count in re.findall(r"(\d+) ", described)]
 
 
 def gate(acc: float, names: MLflowNames) -> str:
@@ -122,19 +160,18 @@ def register(
         description=description,
         model_id=model_uri.removeprefix("models:/"),
     )
-    return Version(name, int(made.version), acc, made.tags)
+    return Version(name, int(made.version), acc, made.tags, model_uri)
 
 
 def with_accuracy(name: str) -> list[Version]:
     """Return the versions of a registered model that have the tag `acc`, oldest first."""
     found = []
     for version in MlflowClient().search_model_versions(f"name = '{name}'"):
-        try:
-            acc = float(version.tags["acc"])
-        except (KeyError, ValueError):
+        acc = _accuracy(version.tags)
+        if acc is None:
             log.warning("%s version %s has no accuracy in its tag 'acc'", name, version.version)
             continue
-        found.append(Version(name, int(version.version), acc, version.tags))
+        found.append(Version(name, int(version.version), acc, version.tags, version.source))
     return sorted(found, key=lambda version: version.number)
 
 
@@ -207,5 +244,16 @@ def with_alias(name: str, alias: str) -> Version | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
-    acc = float(found.tags.get("acc", "nan"))
-    return Version(name, int(found.version), acc, found.tags, found.source)
+    acc = _accuracy(found.tags)
+    return Version(
+        name, int(found.version), math.nan if acc is None else acc, found.tags, found.source
+    )
+
+
+def _accuracy(tags: Mapping[str, str]) -> float | None:
+    """Return the tag `acc`, which anyone may edit in MLflow; None if it is no accuracy."""
+    try:
+        acc = float(tags["acc"])
+    except (KeyError, ValueError):
+        return None
+    return acc if 0 <= acc <= 1 else None
