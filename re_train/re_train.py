@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from defect_detection import cli, progress, settings  # noqa: E402
+from defect_detection import StoreError, cli, progress, settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
-from defect_detection.pipeline import fit, record, tell  # noqa: E402
+from defect_detection.dataset.split import Split  # noqa: E402
+from defect_detection.pipeline import delivery, fit, record, tell  # noqa: E402
+from defect_detection.pipeline.delivery import Purpose  # noqa: E402
 from defect_detection.pipeline.evaluate import (  # noqa: E402
     EvaluationPlan,
     evaluate_and_register,
 )
 from defect_detection.pipeline.fit import FitPlan  # noqa: E402
+from defect_detection.pipeline.journal import RunInfo  # noqa: E402
+from defect_detection.pipeline.record import Trained  # noqa: E402
 from defect_detection.pipeline.register import Rules  # noqa: E402
 from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
@@ -77,7 +81,10 @@ def main() -> None:
     rules = Rules(names, config.decisions, promotion.actor(env), promote)
     evaluation = EvaluationPlan(rules, prefix="test_")
 
+    cache = settings.from_root(config.paths.cache)
     with store.connected(settings.tracking_uri(env)):
+        for done in delivery.deliver_all(cache):
+            print(done)
         promotion.check_record(names.production_model_name)
         experiment = store.open_experiment(names.experiment_name)
         examples = folder.examples(own.inference_examples, print)
@@ -88,22 +95,40 @@ def main() -> None:
         print(f"Starting from {start.source}\n{split.leakage}", flush=True)
         planned = plan(config, own, overrides, start, device)
         said = f"A retraining from {start.source} on {split.training}, judged on {split.testing}."
-        with record.run(experiment, "re-train", said):
-            record.started_from(start.source, start.version.source if start.version else "")
-            record.dataset(split.training, "training")
-            record.plan(planned, split.training)
-            report_epoch(planned, reporter, 0, {})
-            on_epoch = partial(report_epoch, planned, reporter)
-            with progress.shown("Training", fit.costs([planned])) as shown:
-                fitted = fit.fit(planned, split.training, record.device, on_epoch, shown)
-            record.fit(fitted)
-            served = fit.to_served(fitted, split.training)
-            trained = record.model(fitted, served, split.training.file(0).read_bytes())
+        purpose = Purpose(1, split.training.digest, "", "python src/train.py --sync")
+        with (
+            delivery.training(cache, purpose) as kept,
+            kept.run(RunInfo(experiment, "re-train", said, {})) as fitted,
+        ):
+            trained = fit_and_record(start, split, planned, reporter)
+            fitted.append(trained)
             classifier = saved_model.load_classifier(trained.model_uri)
             version = evaluate_and_register(trained, classifier, split, evaluation)
     for image in examples:
         print(f"{image}  {classifier.classify(image)}")
     reporter.result(version.name, version.number, version.acc)
+
+
+def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Reporter) -> Trained:
+    """Fit the model and record it.
+
+    Raises:
+        StoreError: MLflow does not take the model, which is kept.
+        PipelineError: as `fit.fit` raises it.
+    """
+    training = split.training
+    record.started_from(start.source, start.version.source if start.version else "")
+    record.dataset(training, "training")
+    record.plan(planned, training)
+    report_epoch(planned, reporter, 0, {})
+    on_epoch = partial(report_epoch, planned, reporter)
+    with progress.shown("Training", fit.costs([planned])) as shown:
+        fitted = fit.fit(planned, training, record.device, on_epoch, shown)
+    record.fit(fitted)
+    trained = record.model(fitted, fit.to_served(fitted, training), training.file(0).read_bytes())
+    if not trained.model_uri:
+        raise StoreError("MLflow does not take the model, which is therefore not evaluated")
+    return trained
 
 
 def choose_version(names: MLflowNames) -> Version | None:

@@ -4,6 +4,9 @@ Each set is an MLflow run. The model with the highest accuracy on photographs he
 data/train is written to best_model.json, which src/evaluation.py reads.
 
 With --folds no model is kept: each set is cross-validated on data/train, by photograph.
+
+What MLflow does not take is kept in .cache/undelivered and delivered at the end, at the next start
+or by --sync.
 """
 
 from argparse import ArgumentTypeError
@@ -20,10 +23,11 @@ from defect_detection.dataset.folder import DataFolder
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import release
 from defect_detection.evaluation.labels import LabelError
-from defect_detection.pipeline import fit, record, tell
-from defect_detection.pipeline.best_model import BestModel
+from defect_detection.pipeline import delivery, fit, record, tell
+from defect_detection.pipeline.delivery import Purpose, Training
 from defect_detection.pipeline.fit import FitPlan, Fold
-from defect_detection.pipeline.record import TRAINING_TAG, Trained
+from defect_detection.pipeline.journal import RunInfo
+from defect_detection.pipeline.record import TRAINING_TAG
 from defect_detection.registry import store
 from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import Config, HyperParameters, ModelParameters
@@ -36,6 +40,7 @@ def main() -> None:
     """Read settings and data; then fit each set, and keep the best."""
     parser = cli.parser(__doc__, "python src/train.py --data ~/images/castings")
     parser.add_argument("--folds", type=_folds, metavar="N", help="cross-validate instead")
+    parser.add_argument("--sync", action="store_true", help="only deliver what MLflow lacks")
     parser.add_argument("--set", metavar="NAME", help="fit only this set of the configuration")
     options = parser.parse_args()
     env = settings.environment()
@@ -46,6 +51,10 @@ def main() -> None:
     require_writable(best_file.parent)
 
     with store.connected(settings.tracking_uri(env)):
+        for said in delivery.deliver_all(cache):
+            print(said)
+        if options.sync:
+            return
         experiment = store.open_experiment(f"train/{config.names.experiment_name}")
         parameters = config.model_parameters
         takes = folder.image_format(parameters.image_size, parameters.color)
@@ -62,12 +71,13 @@ def main() -> None:
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
             return
-        trained = fit_sets(plans, split, experiment)
-        best = max(trained, key=lambda one: (one.val_accuracy, -one.val_loss))
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        digest = split.training.digest
-        BestModel(best.run_id, best.model_uri, best.val_accuracy, digest, now).write(best_file)
-    tell.sets(trained, best, best_file, cli.command("src/evaluation.py", options))
+        sync = f"{cli.command('src/train.py', options)} --sync"
+        purpose = Purpose(len(plans), split.training.digest, str(best_file), sync)
+        with delivery.training(cache, purpose) as kept:
+            fit_sets(plans, split, experiment, kept)
+            kept.finish()
+    trained = list(kept.trained.values())
+    tell.sets(trained, kept.best, best_file, cli.command("src/evaluation.py", options))
 
 
 def chosen(parameters: ModelParameters, name: str | None) -> list[HyperParameters]:
@@ -108,9 +118,8 @@ def build(takes: ImageFormat, hyper: HyperParameters) -> "keras.Model":
     return network.build(takes.shape, hyper)
 
 
-def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Trained]:
+def fit_sets(plans: list[FitPlan], split: Split, experiment: str, kept: Training) -> None:
     """Fit each set to the same images and log it in a run of its own."""
-    trained = []
     tags = {TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     example = split.training.file(0).read_bytes()
     data = split.training
@@ -118,7 +127,7 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
         for number, planned in enumerate(plans, start=1):
             print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)
             said = f"The set {planned.name} of the configuration, fitted to {data}."
-            with record.run(experiment, planned.name, said, tags):
+            with kept.run(RunInfo(experiment, planned.name, said, tags)) as trained:
                 record.dataset(data, "training")
                 record.leakage(split)
                 record.plan(planned, data, set=planned.name)
@@ -127,7 +136,6 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str) -> list[Traine
                 record.fit(fitted)
                 report_label_errors(fit.label_errors(fitted, data))
                 trained.append(record.model(fitted, fit.to_served(fitted, data), example))
-    return trained
 
 
 def report_label_errors(found: list[LabelError]) -> None:

@@ -75,7 +75,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its exit code, or with an error in one line and 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("mlflow", "alembic", "absl", "tensorflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        # Their errors come as exceptions, too, and are said in one line.
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # As an exception, so that everything open is closed: an MLflow run then ends as failed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -1,9 +1,10 @@
 """The one place that writes results into the active MLflow run."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mlflow
@@ -18,6 +19,7 @@ from defect_detection.evaluation.metrics import Comparison, Scores
 from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline.fit import Fit, FitPlan, Fold
+from defect_detection.pipeline.journal import Journal, RunInfo, log_data
 from defect_detection.registry import saved_model
 from defect_detection.registry.versions import PARENT, TRAINED, Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
@@ -51,6 +53,10 @@ class Trained:
     model_uri: str
 
 
+# What a training found goes there: to the active run of MLflow, or to a journal of that run.
+_sink: "ModuleType | Journal" = mlflow
+
+
 @contextmanager
 def run(
     experiment: str, name: str, description: str, tags: dict[str, str] | None = None
@@ -62,24 +68,34 @@ def run(
         yield
 
 
+@contextmanager
+def kept_run(kept: Path, info: RunInfo) -> Iterator[Journal]:
+    """Open a run for the block that is kept in a folder until MLflow has all of it."""
+    global _sink
+    journal = _sink = Journal(kept, info)
+    status = "FAILED"
+    try:
+        yield journal
+        status = "FINISHED"
+    finally:
+        _sink = mlflow
+        journal.end(status)
+
+
 def started_from(source: str, parent: str) -> None:
     """Log in words what a retraining starts from, and the URI of its model, "" if it is new."""
-    mlflow.set_tags({"started_from": source} | ({PARENT: parent} if parent else {}))
+    _sink.set_tags({"started_from": source} | ({PARENT: parent} if parent else {}))
 
 
 def dataset(data: Dataset, context: str) -> None:
     """Log the folder, the digest and the counts of a data set; `context` as in MLflow."""
     folder = data.folder.path
-    with warnings.catch_warnings():  # two of MLflow's classes fit a folder
-        warnings.filterwarnings("ignore", "The specified dataset source can be interpreted")
-        described = mlflow.data.from_numpy(
-            data.images[:1],  # for the schema; the digest and the counts are those of all
-            source=folder.as_uri(),
-            name=folder.name,
-            digest=data.digest[:16],
-        )
-    mlflow.log_input(described, context)
-    mlflow.log_params(
+    of_data = list(data.format.shape), folder.as_uri(), folder.name, data.digest[:16], context
+    if isinstance(_sink, Journal):
+        _sink.log_data(*of_data)
+    else:
+        log_data(*of_data)
+    _sink.log_params(
         {f"{context}_{name}": count for name, count in data.counts.items()}
         | {f"{context}_digest": data.digest, f"{context}_skipped": len(data.skipped)}
     )
@@ -87,13 +103,13 @@ def dataset(data: Dataset, context: str) -> None:
 
 def leakage(split: Split) -> None:
     """Log the share of the test images whose photograph is also in training."""
-    mlflow.log_metric("leaked_share", split.leaked_share)
-    mlflow.set_tags({"leaked_share": repr(split.leaked_share), "leakage": split.leakage})
+    _sink.log_metrics({"leaked_share": split.leaked_share})
+    _sink.set_tags({"leaked_share": repr(split.leaked_share), "leakage": split.leakage})
 
 
 def plan(planned: FitPlan, data: Dataset, **more: object) -> None:
     """Log how a model is going to be fitted, and more parameters by name."""
-    mlflow.log_params(
+    _sink.log_params(
         more
         | dict(planned.layers)
         | asdict(planned.parameters)
@@ -107,12 +123,12 @@ def plan(planned: FitPlan, data: Dataset, **more: object) -> None:
 
 def device(chosen: "Device") -> None:
     """Log where a model is fitted, and why there."""
-    mlflow.set_tags(chosen.tags())
+    _sink.set_tags(chosen.tags())
 
 
 def epoch(number: int, values: dict[str, float]) -> None:
     """Log the metrics of an epoch, counted from 1."""
-    mlflow.log_metrics(values, step=number)
+    _sink.log_metrics(values, step=number)
 
 
 def fit(fitted: Fit) -> None:
@@ -122,7 +138,7 @@ def fit(fitted: Fit) -> None:
     shows them as those of the run.
     """
     result, decisions = fitted.result, fitted.plan.decisions
-    mlflow.log_params(
+    _sink.log_params(
         {
             "fits": result.fits,
             "validation_pictures": len(result.held_out.labels),
@@ -131,7 +147,7 @@ def fit(fitted: Fit) -> None:
             "quantize": fitted.plan.quantize,
         }
     )
-    mlflow.log_metrics(
+    _sink.log_metrics(
         {
             "best_epoch": result.best_epoch,
             "fit_seconds": result.seconds,
@@ -142,20 +158,24 @@ def fit(fitted: Fit) -> None:
         | {f"best_{key}": value for key, value in result.best.items()}
         | asdict(fitted.point)
     )
-    mlflow.log_metrics(result.best, step=fitted.plan.parameters.epochs + 1)
+    _sink.log_metrics(result.best, step=fitted.plan.parameters.epochs + 1)
     curves = figures.learning_curves(fitted.plan.name, result.history, result.best_epoch)
-    mlflow.log_figure(curves, "learning_curves.png")
+    _sink.log_figure(curves, "learning_curves.png")
 
 
 def label_errors(found: list[LabelError]) -> None:
     """Log the images that are probably in the wrong class folder."""
-    mlflow.log_metric("likely_label_errors", len(found))
-    mlflow.log_text(labels.table(found), labels.FILE)
+    _sink.log_metrics({"likely_label_errors": len(found)})
+    _sink.log_text(labels.table(found), labels.FILE)
 
 
 def model(fitted: Fit, served: ServedModel, example: bytes) -> Trained:
     """Log a fitted model and its LiteRT form, with an example image file."""
     result = fitted.result
+    if isinstance(_sink, Journal):
+        uri = _sink.log_model(result.model, served, example)
+    else:
+        uri = saved_model.log(result.model, served, example)
     return Trained(
         name=fitted.plan.name,
         best_epoch=result.best_epoch,
@@ -163,7 +183,7 @@ def model(fitted: Fit, served: ServedModel, example: bytes) -> Trained:
         val_loss=result.best["val_loss"],
         seconds=result.seconds,
         run_id=run_id(),
-        model_uri=saved_model.log(result.model, served, example),
+        model_uri=uri,
     )
 
 
@@ -252,8 +272,8 @@ def page(html: str, table: str) -> str:
 
 
 def run_id() -> str:
-    """Return the id of the active run."""
-    return str(_run().info.run_id)
+    """Return the id of the active run, "" if MLflow has not made it."""
+    return _sink.info.run_id if isinstance(_sink, Journal) else str(_run().info.run_id)
 
 
 def commit() -> str:

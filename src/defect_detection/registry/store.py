@@ -28,7 +28,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
     if uri.startswith("file:"):
         # MLflow >= 3.13 refuses file stores unless this variable allows them.
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    _require_reachable(uri, seconds)
+    require_reachable(uri, seconds)
     mlflow.set_tracking_uri(uri)
     try:
         yield
@@ -37,7 +37,7 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
         raise StoreError(message) from error
 
 
-def _require_reachable(uri: str, seconds: float) -> None:
+def require_reachable(uri: str, seconds: float = CONNECT_SECONDS) -> None:
     """Raise StoreError at once; MLflow itself would raise only after minutes of retries."""
     if uri.startswith(("http://", "https://")):
         try:

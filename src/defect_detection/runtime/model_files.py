@@ -72,6 +72,12 @@ class ServedModel:
             entry["scope"] = OOD_FILE
         return entry
 
+    def save_alone(self, folder: Path) -> None:
+        """Write a folder that `load` reads, without MLflow's other flavours."""
+        described = {"flavors": {FLAVOUR: self.save(folder)}}
+        (folder / "MLmodel").write_text(yaml.safe_dump(described))
+        checksums.write(folder)
+
     @classmethod
     def load(cls, folder: Path, expected: str = "") -> "ServedModel":
         """Read a model from its folder, and compare each file that is read with its checksum.

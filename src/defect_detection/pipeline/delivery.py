@@ -1,0 +1,176 @@
+"""Trainings, each kept on disk until MLflow has all of it."""
+
+import fcntl
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from defect_detection import StoreError
+from defect_detection.atomic import replace_atomically
+from defect_detection.pipeline import journal, record
+from defect_detection.pipeline.best_model import BestModel
+from defect_detection.pipeline.journal import RunInfo
+from defect_detection.pipeline.record import Trained
+from defect_detection.registry.store import first_line
+
+log = logging.getLogger(__name__)
+
+FOLDER = "undelivered"  # below the cache
+TRAINING, LOCK = "training.json", "lock"
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a training is for.
+
+    Attributes:
+        sets: how many sets are fitted.
+        data_digest: of the training images.
+        best_file: the file that names the best model, "" if the training writes none.
+        sync: the call that delivers what is kept, for messages.
+    """
+
+    sets: int
+    data_digest: str
+    best_file: str
+    sync: str
+
+
+class Training:
+    """A training: each set is a run, and the best of them becomes best_model.json.
+
+    Attributes:
+        folder: where it is kept.
+        purpose: what it is for.
+        trained: the sets that were fitted, by the names of their runs' folders.
+    """
+
+    def __init__(self, folder: Path, purpose: Purpose, trained: dict[str, Trained]):
+        """Describe a training that is kept in a folder."""
+        self.folder, self.purpose, self.trained = folder, purpose, trained
+
+    @property
+    def best(self) -> Trained:
+        """The set with the highest validation accuracy, in a tie with the lowest loss."""
+        return max(self.trained.values(), key=lambda one: (one.val_accuracy, -one.val_loss))
+
+    @contextmanager
+    def run(self, info: RunInfo) -> Iterator[list[Trained]]:
+        """Open a run for the block, which puts what it fitted into the list that it gets."""
+        name, fitted = f"{len(self.trained)}-{uuid.uuid4().hex[:6]}", list[Trained]()
+        with record.kept_run(self.folder / name, info) as kept:
+            yield fitted
+            self.trained.update((name, one) for one in fitted)
+            self._write()
+        self._know(name, kept.info)
+
+    def deliver(self) -> None:
+        """Send to MLflow what it lacks of the runs.
+
+        Raises:
+            StoreError: MLflow does not take it; it is kept.
+        """
+        for folder in sorted(path.parent for path in self.folder.glob(f"*/{journal.RUN}")):
+            try:
+                self._know(folder.name, journal.deliver(folder))
+            except journal.NOT_TAKEN as error:
+                raise StoreError(
+                    f"MLflow does not take what was fitted ({first_line(error)}). It is kept in "
+                    f"{self.folder}: '{self.purpose.sync}' delivers it"
+                ) from error
+
+    def finish(self) -> str:
+        """Deliver what MLflow lacks, and write the file that names the best model.
+
+        Returns:
+            What was written where, "" if no file is to be written.
+
+        Raises:
+            StoreError: MLflow does not take it; it is kept.
+        """
+        self.deliver()
+        if not self.purpose.best_file or len(self.trained) < self.purpose.sets:
+            return ""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        of, digest = self.best, self.purpose.data_digest
+        best = BestModel(of.run_id, of.model_uri, of.val_accuracy, digest, now)
+        best.write(Path(self.purpose.best_file))
+        return f"{of.name}, written to {self.purpose.best_file}"
+
+    def _know(self, name: str, info: RunInfo) -> None:
+        """Note what MLflow has of a run."""
+        if name in self.trained:
+            known = replace(self.trained[name], run_id=info.run_id, model_uri=info.model_uri)
+            self.trained[name] = known
+            self._write()
+
+    def _write(self) -> None:
+        trained = {name: asdict(one) for name, one in self.trained.items()}
+        with replace_atomically(self.folder / TRAINING) as temporary:
+            temporary.write_text(json.dumps({"purpose": asdict(self.purpose), "trained": trained}))
+
+
+@contextmanager
+def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
+    """Keep a training below `cache`; delete it after the block if MLflow has all of it."""
+    name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    made = Training(cache / FOLDER / name, purpose, {})
+    made.folder.mkdir(parents=True)
+    with _locked(made.folder):
+        made._write()
+        try:
+            yield made
+        finally:
+            _delete_if_delivered(made.folder)
+
+
+def deliver_all(cache: Path) -> Iterator[str]:
+    """Deliver what former trainings left, and yield in words what was done.
+
+    Trainings of processes that are still running are left alone.
+
+    Raises:
+        StoreError: MLflow does not take it; it is kept.
+    """
+    for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
+        with _locked(folder) as free:
+            former = _read(folder) if free else None
+            if former is not None:
+                best = former.finish()
+                _delete_if_delivered(folder)
+                if former.trained:
+                    names = ", ".join(one.name for one in former.trained.values())
+                    yield f"Delivered from a former training: {names}" + (best and f"; best {best}")
+
+
+def _read(folder: Path) -> Training | None:
+    try:
+        known = json.loads((folder / TRAINING).read_text())
+        trained = {name: Trained(**one) for name, one in known["trained"].items()}
+        return Training(folder, Purpose(**known["purpose"]), trained)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s cannot be read (%s). Delete it", folder / TRAINING, error)
+        return None
+
+
+def _delete_if_delivered(folder: Path) -> None:
+    if not any(folder.glob(f"*/{journal.RUN}")):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder for the block; yield whether no other process has."""
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
