@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -17,6 +16,7 @@ import numpy as np
 import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 from mlflow.exceptions import MlflowException
 
 from defect_detection import StoreError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOT_TAKEN = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
-RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 RUN, ENTRIES, FILES, MODEL = "run.json", "entries.jsonl", "files", "model"
 KERAS, EXAMPLE = "model.keras", "example"
 
@@ -207,15 +206,13 @@ def _send_model(kept: Path) -> str:
 
 def _leave_run() -> None:
     """Make this process forget the active run; MLflow, which may not answer, is asked once."""
-    before = os.environ.get(RETRIES)
-    os.environ[RETRIES] = "0"
+    before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
     try:
         with suppress(*NOT_TAKEN):
             mlflow.end_run("FAILED")
     finally:
-        del os.environ[RETRIES]
-        if before is not None:
-            os.environ[RETRIES] = before
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(before)
 
 
 def _start(info: RunInfo) -> RunInfo:
