@@ -159,6 +159,13 @@ def test_champion_of_an_easier_test_is_scored_again_and_loses(line, capsys):
     assert f"{first.uri} scored again on these images: accuracy 0.6875" in capsys.readouterr().out
 
 
+def test_champion_whose_accuracy_someone_edited_is_scored_again(line):
+    line.register(79)
+    MlflowClient().set_model_version_tag(line.prod.name, "1", "acc", "none")
+    assert not line.register(70).in_production
+    assert line.prod.acc == 79 / 80
+
+
 def test_champion_is_not_scored_again_by_a_model_that_goes_to_testing(line):
     line.register(79)
     line.take_other_pictures()

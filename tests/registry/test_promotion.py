@@ -345,6 +345,10 @@ def test_who_is_a_user_or_a_run_of_github(monkeypatch):
     }
     said = "kim, https://github.example/plant/castings/actions/runs/7"
     assert promotion.actor(env) == said
+    by = {"RETRAIN_STARTED_BY": "192.168.0.7 with the token"}
+    assert (
+        promotion.actor(by) == f"192.168.0.7 with the token, by the API on {socket.gethostname()}"
+    )
 
 
 # Below, real processes: forked by a server that has MLflow imported, and no store open.

@@ -1,5 +1,6 @@
 """The gate, registration and the aliases."""
 
+import math
 from dataclasses import replace
 
 import mlflow
@@ -99,3 +100,13 @@ def test_update_that_is_cut_off_leaves_figures_of_no_pictures(register, monkeypa
         versions.update(version, 0.8, {"test_digest": "def"}, "scored again")
     (found,) = versions.with_accuracy(version.name)
     assert found.test_digest == ""
+
+
+@pytest.mark.parametrize("acc", ["a lot", "", "nan", "inf", "1.2", "-0.1"])
+def test_accuracy_that_someone_edited_is_no_accuracy(register, acc, caplog):
+    version = register(0.9)
+    versions.set_alias(version, versions.PRODUCTION_ALIAS)
+    MlflowClient().set_model_version_tag(version.name, "1", "acc", acc)
+    assert math.isnan(versions.in_production(version.name).acc)
+    assert versions.with_accuracy(version.name) == []
+    assert f"{version.name} version 1 has no accuracy in its tag 'acc'" in caplog.text

@@ -20,6 +20,7 @@ from defect_detection.registry.versions import PRODUCTION_ALIAS, SET_ASIDE, Vers
 
 log = logging.getLogger(__name__)
 
+STARTED_BY = "RETRAIN_STARTED_BY"  # variable in which the API says who started a retraining
 EXPERIMENT = "promotion/{}"
 # Tags of the run that records a change.
 CHANGE, DONE = "promotion.change", "promotion.done"
@@ -60,10 +61,12 @@ class Recorded:
 
 
 def actor(env: Mapping[str, str]) -> str:
-    """Return who runs this: a run of GitHub Actions, or a user on a machine."""
+    """Return who runs this: a run of GitHub Actions, a caller of the API, or a user here."""
     if "GITHUB_RUN_ID" in env:
         where = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}/actions/runs/{GITHUB_RUN_ID}"
         return f"{env.get('GITHUB_ACTOR', 'someone')}, {where.format_map(env)}"
+    if STARTED_BY in env:
+        return f"{env[STARTED_BY]}, by the API on {socket.gethostname()}"
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user id has no name, as in some containers
