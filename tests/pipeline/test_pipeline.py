@@ -184,32 +184,34 @@ def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
 ):
     if not trained.uri.startswith("sqlite"):
         pytest.skip("test_promotion.py covers the stores")
-    other = draw_folders(tmp_path / "other", train=1, test=12, seed=5)
+    other = draw_folders(tmp_path / "other", train=1, test=24, seed=5)
     shutil.rmtree(other / "train")
     shutil.copytree(learnable / "train", other / "train")
-    decide = {"promotion": "significant"}
-    trained.configure(lambda config: config["decisions"].update(decide))
     printed = trained.succeed("src/evaluation.py", "--data", other)
     assert "models:/Production_Reg/1 scored again on these images: accuracy" in printed
     assert "Compared with Production_Reg version 1 (prod): the same" in printed
     assert "prod is version 1 with a test accuracy" in printed
-    assert "only a version that is significantly better replaces it" in printed
+    assert "and stays, since this one is not better" in printed
     first, second = versions.with_accuracy("Production_Reg")
     assert first.acc == second.acc and first.test_digest == second.test_digest
     assert first.tags["acc_unseen"] == "unknown" != second.tags["acc_unseen"]
-
-    decide["promotion"] = "highest_acc"
+    decide = {"promotion": "significant"}
     trained.configure(lambda config: config["decisions"].update(decide))
-    assert "prod is version 3" in trained.succeed("src/evaluation.py", "--data", other)
+    printed = trained.succeed("src/evaluation.py", "--data", other)
+    assert "only a version that is significantly better replaces it" in printed
+
+    trained.succeed("src/promote.py", "--version", 3, "--why", "a second pair of eyes")
     picture = next((learnable / "test" / "ok_front").iterdir())
     assert "version 3, test accuracy" in trained.run("src/inference.py", picture).stderr
 
-    said = trained.succeed("src/promote.py", "--rollback", "--why", "misses\ncracks")
+    # A person moved the alias away from version 1: a rollback does not bring it back.
+    assert "no former version to go back to" in trained.fail("src/promote.py", "--rollback")
+    said = trained.succeed("src/promote.py", "--version", 1, "--why", "misses\ncracks")
     assert said.startswith("prod of Production_Reg is version 1, was 3\nset aside")
     assert "version 1, test accuracy" in trained.run("src/inference.py", picture).stderr
     listed = trained.succeed("src/promote.py", "--list").splitlines()
     assert [line.split()[0] for line in listed if line.endswith("prod")] == ["*"]
-    assert "set aside, not significantly better" in listed[3]
+    assert "set aside, not significantly better" in listed[2]
     assert re.search(r"  3 -> 1  misses cracks  by .+ on \S+  commit [0-9a-f]{12}$", listed[7])
     assert "none -> 1  highest acc" in listed[9]
     assert "prod is version 1 of Production_Reg already" in trained.fail(

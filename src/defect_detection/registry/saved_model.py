@@ -157,6 +157,8 @@ def fetched(model_uri: str) -> Iterator[Path]:
 def checksum(model_uri: str) -> str:
     """Return the SHA-256 of the checksums of a logged or registered model, "" if it has none."""
     client, name = MlflowClient(), model_uri.removeprefix("models:/")
+    if "@" in name:
+        return str(client.get_model_version_by_alias(*name.rsplit("@", 1)).tags.get(CHECKSUM, ""))
     if "/" not in name:
         return str(client.get_logged_model(name).tags.get(CHECKSUM, ""))
     return str(client.get_model_version(*name.rsplit("/", 1)).tags.get(CHECKSUM, ""))
