@@ -7,7 +7,13 @@ import pytest
 import yaml
 
 from defect_detection import PipelineError, settings
-from defect_detection.settings import CONFIG_FILE, ROOT, Config, RetrainOverrides
+from defect_detection.settings import (
+    CONFIG_FILE,
+    ROOT,
+    Config,
+    RetrainOverrides,
+    RetrainParameters,
+)
 
 
 @pytest.fixture
@@ -53,6 +59,12 @@ def test_a_key_that_is_written_wrongly_is_named_and_not_the_one_that_is_missing(
         one["epohcs"] = one.pop("epochs")
 
     assert "epohcs is not a known key, did you mean epochs?" in broken(misspell)
+
+
+def test_key_of_two_lines_is_told_in_one(broken):
+    assert "'a\\nb' is not a known key, expected one of: product" in broken(
+        lambda c: c.update({"a\nb": 1})
+    )
 
 
 def test_product_that_is_no_name_is_told_which_characters_are(broken):
@@ -114,6 +126,66 @@ def test_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("batch_size: 012", 'batch_size is "012", expected a whole number'),
+        ("batch_size: 0x20", 'batch_size is "0x20", expected a whole number'),
+        ("batch_size: 1_6", 'batch_size is "1_6", expected a whole number'),
+        ("batch_size: 1:30", 'batch_size is "1:30", expected a whole number'),
+        ("batch_size: 2024-01-02", 'batch_size is "2024-01-02", expected a whole number'),
+        ("batch_size: yes", 'batch_size is "yes", expected a whole number'),
+        ("learning_rate: .nan", 'learning_rate is ".nan", expected a number'),
+        ("learning_rate: 1e999", "learning_rate is Infinity, expected a number"),
+    ],
+)
+def test_value_that_could_mean_something_else_is_text_and_refused(tmp_path, line, expected):
+    """YAML 1.1 reads 012 as 10, 1:30 as 90 and yes as true."""
+    values = {"image_size": "[64, 64]", "batch_size": "8", "epochs": "1", "learning_rate": "0.1"}
+    key, _, value = line.partition(": ")
+    file = tmp_path / "part.yaml"
+    file.write_text("".join(f"{k}: {v}\n" for k, v in (values | {key: value}).items()))
+    with pytest.raises(PipelineError) as raised:
+        settings.read_yaml(file, RetrainParameters)
+    assert expected in str(raised.value)
+
+
+def test_number_with_an_exponent_is_a_number(tmp_path):
+    file = tmp_path / "part.yaml"
+    file.write_text("image_size: [64, 64]\nbatch_size: 8\nepochs: 1\nlearning_rate: 1e-4\n")
+    assert settings.read_yaml(file, RetrainParameters).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_file_may_begin_with_the_mark_that_windows_writes(tmp_path, encoding):
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG_FILE.read_text(encoding="utf-8"), encoding=encoding)
+    assert settings.read_yaml(file, Config) == settings.read_config()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("größe: 1\n".encode("latin-1"), r"line 1: is not UTF-8"),
+        (b"a: 1\nb: \xff\n", r"line 2: is not UTF-8"),
+        ("a: 1\n".encode("utf-16"), r"line 1: is not UTF-8"),
+        ("a: 1\n".encode("utf-16-le"), r"line 1: is not UTF-8"),
+        (b"a: 1\n" * 300_000, r"is larger than 1 MB"),
+    ],
+    ids=["latin-1", "byte", "utf-16", "utf-16 without a mark", "large"],
+)
+def test_file_that_is_no_text_is_one_line(tmp_path, content, expected):
+    for name, read in (
+        ("config.yaml", lambda file: settings.read_yaml(file, Config)),
+        (".env", lambda file: settings.environment({}, file)),
+    ):
+        file = tmp_path / name
+        file.write_bytes(content)
+        with pytest.raises(PipelineError, match=f"{name}:? {expected}") as raised:
+            read(file)
+        assert "\n" not in str(raised.value)
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(PipelineError, match=r"none\.yaml: cannot be read"):
         settings.read_yaml(tmp_path / "none.yaml", Config)
@@ -123,6 +195,21 @@ def test_environment_wins_over_the_file_and_empty_is_unset(tmp_path):
     file = tmp_path / ".env"
     file.write_text("A=file\nB=file\nC=file\n")
     assert settings.environment({"A": "shell", "B": ""}, file) == {"A": "shell", "C": "file"}
+
+
+def test_first_variable_is_read_also_behind_the_mark_that_windows_writes(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("A=file\n", encoding="utf-8-sig")
+    assert settings.environment({}, file) == {"A": "file"}
+
+
+def test_line_of_the_file_that_cannot_be_understood_is_not_passed_over(tmp_path):
+    """An API whose token is in a line that is ignored would run without a token."""
+    file = tmp_path / ".env"
+    file.write_text("A=1\n\n# a comment\nAPI_TOKEN='secret\n")
+    with pytest.raises(PipelineError, match=r"\.env line 4: expected NAME=value") as raised:
+        settings.environment({}, file)
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
