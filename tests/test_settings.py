@@ -1,5 +1,7 @@
 """src/config.yaml and .env."""
 
+import re
+import subprocess
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -228,9 +230,69 @@ def test_relative_store_counts_from_the_projects_root(uri, expected, monkeypatch
     assert settings.tracking_uri({"MLFLOW_TRACKING_URI": uri}) == expected
 
 
-def test_unset_tracking_uri_is_named_with_what_to_write():
-    with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI=sqlite"):
-        settings.tracking_uri({})
+def test_without_any_env_the_store_is_the_one_that_env_names(tmp_path):
+    named = settings.tracking_uri(settings.environment({}))
+    assert settings.tracking_uri(settings.environment({}, tmp_path / ".env")) == named
+    assert named == f"sqlite:///{ROOT}/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:mlflow.db", "http:/kim:secret@host", "kim:secret@host:5"])
+def test_store_that_is_neither_uri_nor_folder_is_refused_without_its_password(uri):
+    with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI is .*, expected") as raised:
+        settings.tracking_uri({"MLFLOW_TRACKING_URI": uri})
+    assert "secret" not in str(raised.value)
+
+
+CREDENTIALS = {"MLFLOW_TRACKING_USERNAME": "kim", "MLFLOW_TRACKING_PASSWORD": "p@ss/w:rd%"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "more", "expected"),
+    [
+        ("http://host:5000", CREDENTIALS, "http://kim:p%40ss%2Fw%3Ard%25@host:5000"),
+        ("https://a:b@host", CREDENTIALS, "https://a:b@host"),
+        ("http://host", {"MLFLOW_TRACKING_USERNAME": "kim"}, "http://host"),
+        ("postgresql://host/db", CREDENTIALS, "postgresql://host/db"),
+        ("sqlite:////var/mlflow.db", CREDENTIALS, "sqlite:////var/mlflow.db"),
+    ],
+)
+def test_user_and_password_of_a_server_may_stand_in_variables_of_their_own(uri, more, expected):
+    """MLflow itself would read them from the environment only, and not from .env.local."""
+    assert settings.tracking_uri({"MLFLOW_TRACKING_URI": uri, **more}) == expected
+
+
+def test_local_file_wins_over_the_tracked_one_and_the_environment_over_both(tmp_path):
+    (tmp_path / ".env").write_text("A=tracked\nB=tracked\nC=tracked\n")
+    (tmp_path / ".env.local").write_text("B=local\nC=local\n", encoding="utf-8-sig")
+    found = settings.environment({"C": "shell"}, tmp_path / ".env")
+    assert found == {"A": "tracked", "B": "local", "C": "shell"}
+    (tmp_path / ".env").unlink()
+    assert settings.environment({}, tmp_path / ".env") == {"B": "local", "C": "local"}
+
+
+def test_local_file_never_enters_a_commit():
+    command = ["git", "-C", ROOT, "check-ignore", "--no-index", ".env", ".env.example"]
+    done = subprocess.run([*command, ".env.local"], capture_output=True, text=True)
+    assert done.stdout == ".env.local\n"
+
+
+def test_example_names_every_variable_that_the_code_reads(tmp_path):
+    code = [*(ROOT / "src").rglob("*.py"), ROOT / "api.py", *(ROOT / "re_train").glob("*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in code)
+    read = set(re.findall(r"""\benv(?:ironment)?(?:\.get\(|\[)["']([A-Z_]+)""", text))
+    read -= {name for name in read if name.startswith("GITHUB_")}  # set by GitHub's runner
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    assert set(re.findall(r"^# ([A-Z_]+)=", example, re.M)) == read
+    assert len(read) >= 9
+    assert all(line.startswith("#") or not line for line in example.splitlines())
+    (tmp_path / ".env").write_text(re.sub(r"^# ([A-Z_]+=)", r"\1", example, flags=re.M))
+    assert settings.environment({}, tmp_path / ".env").keys() == read
+
+
+def test_tracked_file_names_the_default_store_and_nothing_else():
+    """Whatever else is set belongs into .env.local, which no commit takes along."""
+    (line,) = re.findall(r"^[^#\n]+$", (ROOT / ".env").read_text(encoding="utf-8"), re.M)
+    assert line == "MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
 
 
 @pytest.mark.parametrize("given", ["auto", "cpu", "gpu", None])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping
@@ -16,12 +17,14 @@ from dotenv.parser import parse_stream
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from defect_detection import PipelineError, strict_yaml
+from defect_detection import PipelineError, strict_yaml, uris
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
-# Defaults of variables that neither .env nor the environment sets.
+LOCAL_SUFFIX = ".local"  # of the file beside .env that git ignores
+# Defaults of variables that neither these files nor the environment set.
+STORE = "sqlite:///mlflow.db"
 API_PORT = 5001
 JOBS_PATH = ".jobs"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
@@ -453,12 +456,15 @@ def _describe(kind: Any) -> str:
 
 
 def environment(environ: Mapping[str, str] = os.environ, env_file: Path = ENV_FILE) -> dict:
-    """Merge `.env` with the process's environment, which wins; empty values count as unset.
+    """Merge `.env`, `.env.local` beside it and the process's environment; the last one wins.
+
+    Empty values count as unset.
 
     Raises:
-        PipelineError: a line of the file cannot be understood, or it is not UTF-8.
+        PipelineError: a line of the files cannot be understood, or one is not UTF-8.
     """
-    merged = {**_read_env(env_file), **environ}
+    local_file = env_file.with_name(env_file.name + LOCAL_SUFFIX)
+    merged = {**_read_env(env_file), **_read_env(local_file), **environ}
     return {name: value for name, value in merged.items() if value}
 
 
@@ -493,22 +499,27 @@ def from_root(path: str | Path) -> Path:
 def tracking_uri(env: Mapping[str, str]) -> str:
     """Return MLFLOW_TRACKING_URI with a relative sqlite or file path made absolute.
 
-    Relative means relative to the project's root, from whichever folder a script is started.
+    Relative means relative to the project's root, from whichever folder a script is started. The
+    URI of a server has the user and the password of MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, unless it has its own.
 
     Raises:
-        PipelineError: the variable is neither in `.env` nor in the environment.
+        PipelineError: it is neither a URI nor a folder.
     """
-    uri = env.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        raise PipelineError(
-            f"MLFLOW_TRACKING_URI is not set. Put MLFLOW_TRACKING_URI=sqlite:///mlflow.db "
-            f"into {ENV_FILE}"
-        )
+    uri = env.get("MLFLOW_TRACKING_URI", STORE)
     if uri.startswith("sqlite:///"):
         return "sqlite:///" + str(from_root(uri.removeprefix("sqlite:///")))
     if uri.startswith("file:"):
         path = uri.removeprefix("file:")
         return from_root(path.removeprefix("//") if path.startswith("//") else path).as_uri()
     if "://" not in uri:
+        if re.match(r"\w[\w+.-]*:", uri):
+            raise PipelineError(
+                f"MLFLOW_TRACKING_URI is {uris.without_password(uri)}, expected such as {STORE}, "
+                f"file:./mlruns or http://192.168.0.10:5000"
+            )
         return from_root(uri).as_uri()
+    user, password = env.get("MLFLOW_TRACKING_USERNAME"), env.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password and uris.is_server(uri) and uris.split(uri)[0] == uri:
+        return uris.joined(uri, user, password)
     return uri
