@@ -77,7 +77,7 @@ def main() -> None:
     rules = Rules(names, config.decisions, promotion.actor(env), promote)
     evaluation = EvaluationPlan(rules, prefix="test_")
 
-    with store.connected(settings.tracking_uri(env)):
+    with store.connected(settings.tracking_uri(env), create=True):
         experiment = store.open_experiment(names.experiment_name)
         examples = folder.examples(own.inference_examples, print)
         version = choose_version(names)

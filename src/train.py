@@ -45,7 +45,7 @@ def main() -> None:
     best_file = config.best_model
     require_writable(best_file.parent)
 
-    with store.connected(settings.tracking_uri(env)):
+    with store.connected(settings.tracking_uri(env), create=True):
         experiment = store.open_experiment(f"train/{config.names.experiment_name}")
         parameters = config.model_parameters
         takes = folder.image_format(parameters.image_size, parameters.color)

@@ -62,6 +62,7 @@ def test_what_is_no_password_stays(uri, masked):
         ("http://kim:p@ss:w0rd@host", "http://host", "kim", "p@ss:w0rd"),
         ("http://kim:p%40ss%2Fw@host", "http://host", "kim", "p@ss/w"),
         ("http://kim:pa/ss@host", "http://host", "kim", "pa/ss"),
+        ("http://kim:p@ss/w:rd@host/x?a=b@c", "http://host/x?a=b@c", "kim", "p@ss/w:rd"),
         ("http://kim:pa?ss#@host", "http://host", "kim", "pa?ss#"),
         ("http://kim:100%@host", "http://host", "kim", "100%"),
         ("http://kim@host", "http://host", "kim", ""),

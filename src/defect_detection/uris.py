@@ -6,7 +6,7 @@ from urllib.parse import quote, unquote
 HIDDEN = "***"
 _LOCAL = ("sqlite:///", "file:")  # these have no password
 # An @ behind host and port is no end of a password.
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:[0-9]+)?")
 # Libraries that do not see where a password ends show what stands between two of these.
 _CUT = re.compile(r"[^\w.~-]+")
 _SHORT = 4  # letters; shorter passwords may be parts of words by chance
@@ -25,15 +25,18 @@ def split(uri: str) -> tuple[str, str, str]:
     """
     scheme, separator, rest = uri.partition("://")
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    if "@" in authority:
-        userinfo, _, host = authority.rpartition("@")
-        rest = host + rest[len(authority) :]
-    elif "@" in rest and not _HOST.fullmatch(authority):
-        userinfo, _, rest = rest.rpartition("@")
-    else:
+    if "@" not in rest or _HOST.fullmatch(authority):
         return uri, "", ""
+    path = re.split("[?#]", rest, maxsplit=1)[0]
+    userinfo = (path if "@" in path else rest).rpartition("@")[0]
+    rest = rest[len(userinfo) + 1 :]
     user, _, password = userinfo.partition(":")
     return scheme + separator + rest, unquote(user), unquote(password)
+
+
+def place(uri: str) -> str:
+    """Return what stays the same of the URI of a store when the password of a server changes."""
+    return split(uri)[0] if is_server(uri) else uri
 
 
 def joined(bare: str, user: str, password: str) -> str:
@@ -72,8 +75,8 @@ def _hide(uri: str) -> tuple[str, list[str]]:
     shown, *query = re.split("[?#]", rest, maxsplit=1)
     if query and "@" in query[0]:  # the ? may belong to a password, or the @ to a parameter
         password = rest.rpartition("@")[0].partition(":")[2]
-        return scheme + separator + HIDDEN, [rest, password, *re.split("[&;=]", rest)]
-    secrets = [part.partition("=")[2] for part in re.split("[&;]", "".join(query))]
+        return scheme + separator + HIDDEN, [rest, password, *re.split("[&=]", rest)]
+    secrets = [part.partition("=")[2] for part in "".join(query).split("&")]
     userinfo, at, host = shown.rpartition("@")
     if at:
         secrets.append(userinfo.partition(":")[2] or userinfo)
