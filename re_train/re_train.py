@@ -82,7 +82,7 @@ def main() -> None:
     evaluation = EvaluationPlan(rules, prefix="test_")
 
     cache = settings.from_root(config.paths.cache)
-    with store.connected(settings.tracking_uri(env)):
+    with store.connected(settings.tracking_uri(env), create=True):
         for done in delivery.deliver_all(cache):
             print(done)
         promotion.check_record(names.production_model_name)

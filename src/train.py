@@ -50,7 +50,7 @@ def main() -> None:
     best_file = config.best_model
     require_writable(best_file.parent)
 
-    with store.connected(settings.tracking_uri(env)):
+    with store.connected(settings.tracking_uri(env), create=not options.sync):
         for said in delivery.deliver_all(cache):
             print(said)
         if options.sync:

@@ -108,7 +108,7 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    with stores.connected(uri):
+    with stores.connected(uri, create=True):
         stores.open_experiment("first")  # the migrations of a new store take seconds
     return uri
 

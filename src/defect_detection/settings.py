@@ -1,7 +1,9 @@
 """`.env` and the YAML files, read strictly into frozen dataclasses."""
 
+import io
 import json
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping
@@ -10,17 +12,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, strict_yaml, uris
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "src" / "config.yaml"
 ENV_FILE = ROOT / ".env"
-# Defaults of variables that neither .env nor the environment sets.
+LOCAL_SUFFIX = ".local"  # of the file beside .env that git ignores
+# Defaults of variables that neither these files nor the environment set.
+STORE = "sqlite:///mlflow.db"
 API_PORT = 5001
 JOBS_PATH = ".jobs"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
@@ -28,6 +32,7 @@ Color = Literal["auto", "grey"]  # auto keeps the colour of images that have it
 Head = Literal["map", "wide", "good"]  # what a model makes its verdict from
 QUANTIZE: tuple[str, ...] = get_args(Quantize)
 DEVICES = ("auto", "cpu", "gpu")  # values of the variable DEVICE
+LARGEST = 1_000_000  # bytes of a file of settings
 
 T = TypeVar("T")
 
@@ -335,17 +340,32 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file into the dataclass `kind`.
 
     Raises:
-        PipelineError: the file is missing or no YAML; a key is unknown or missing; a value is of
-            the wrong type or out of range. The message names file, key and what is expected.
+        PipelineError: the file is missing or not what `strict_yaml` reads; a key is unknown or
+            missing; a value is of the wrong type or out of range. The message names file, key and
+            what is expected.
     """
+    content = strict_yaml.read(_read_text(path), str(path))
+    # As JSON, since only there strict pydantic accepts a list for a tuple.
+    return parse_json(json.dumps(content), kind, str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    # As JSON, since only there strict pydantic accepts a list for a tuple.
-    return parse_json(json.dumps(content, default=str), kind, str(path))
+    if len(content) > LARGEST:
+        raise PipelineError(f"{path}: is larger than 1 MB, expected a few lines of settings")
+    try:
+        text = content.decode("utf-8-sig")  # Windows begins files with a byte order mark
+        wrong = text.encode().find(b"\0")  # between the letters of UTF-16
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    if wrong < 0:
+        return text
+    line = content.count(b"\n", 0, wrong) + 1
+    raise PipelineError(f"{path} line {line}: is not UTF-8. Save the file as UTF-8")
 
 
 def parse_json(text: str | bytes, kind: type[T], name: str) -> T:
@@ -369,6 +389,7 @@ def _explain(error: ValidationError, kind: type) -> str:
     found = error.errors()
     first = next((one for one in found if one["type"] in UNKNOWN_KEY), found[0])
     key = ".".join(str(part) for part in first["loc"]) or "the file"
+    key = key if key.isprintable() else repr(key)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] in UNKNOWN_KEY:
         known = [f.name for f in fields(_type_at(kind, first["loc"][:-1]))]
@@ -435,9 +456,27 @@ def _describe(kind: Any) -> str:
 
 
 def environment(environ: Mapping[str, str] = os.environ, env_file: Path = ENV_FILE) -> dict:
-    """Merge `.env` with the process's environment, which wins; empty values count as unset."""
-    merged = {**dotenv_values(env_file), **environ}
+    """Merge `.env`, `.env.local` beside it and the process's environment; the last one wins.
+
+    Empty values count as unset.
+
+    Raises:
+        PipelineError: a line of the files cannot be understood, or one is not UTF-8.
+    """
+    local_file = env_file.with_name(env_file.name + LOCAL_SUFFIX)
+    merged = {**_read_env(env_file), **_read_env(local_file), **environ}
     return {name: value for name, value in merged.items() if value}
+
+
+def _read_env(path: Path) -> dict[str, str | None]:
+    if not path.is_file():
+        return {}
+    text = _read_text(path)
+    for found in parse_stream(io.StringIO(text)):
+        if found.error:
+            # Not the line itself, which may hold a password.
+            raise PipelineError(f"{path} line {found.original.line}: expected NAME=value")
+    return dotenv_values(stream=io.StringIO(text))
 
 
 def device(env: Mapping[str, str]) -> str:
@@ -460,22 +499,27 @@ def from_root(path: str | Path) -> Path:
 def tracking_uri(env: Mapping[str, str]) -> str:
     """Return MLFLOW_TRACKING_URI with a relative sqlite or file path made absolute.
 
-    Relative means relative to the project's root, from whichever folder a script is started.
+    Relative means relative to the project's root, from whichever folder a script is started. The
+    URI of a server has the user and the password of MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, unless it has its own.
 
     Raises:
-        PipelineError: the variable is neither in `.env` nor in the environment.
+        PipelineError: it is neither a URI nor a folder.
     """
-    uri = env.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        raise PipelineError(
-            f"MLFLOW_TRACKING_URI is not set. Put MLFLOW_TRACKING_URI=sqlite:///mlflow.db "
-            f"into {ENV_FILE}"
-        )
+    uri = env.get("MLFLOW_TRACKING_URI", STORE)
     if uri.startswith("sqlite:///"):
         return "sqlite:///" + str(from_root(uri.removeprefix("sqlite:///")))
     if uri.startswith("file:"):
         path = uri.removeprefix("file:")
         return from_root(path.removeprefix("//") if path.startswith("//") else path).as_uri()
     if "://" not in uri:
+        if re.match(r"\w[\w+.-]*:", uri):
+            raise PipelineError(
+                f"MLFLOW_TRACKING_URI is {uris.without_password(uri)}, expected such as {STORE}, "
+                f"file:./mlruns or http://192.168.0.10:5000"
+            )
         return from_root(uri).as_uri()
+    user, password = env.get("MLFLOW_TRACKING_USERNAME"), env.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password and uris.is_server(uri) and uris.split(uri)[0] == uri:
+        return uris.joined(uri, user, password)
     return uri

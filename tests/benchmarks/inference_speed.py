@@ -138,7 +138,7 @@ def register(folder: str, paths: list[str]) -> None:
     size = parameters.image_size
     ood = OodDetector.fit(np.stack([preprocessing.decode(Path(p), size) for p in paths]))
     served = ServedModel(cnn.to_litert(built), size, ood=ood)
-    with store.connected(f"sqlite:///{folder}/mlflow.db"):
+    with store.connected(f"sqlite:///{folder}/mlflow.db", create=True):
         with mlflow.start_run(experiment_id=store.open_experiment("train/benchmark")) as run:
             uri = saved_model.log(built, served, Path(paths[0]).read_bytes())
         version = versions.register(uri, run.info.run_id, 0.9, "", "Production_Reg", {})

@@ -42,7 +42,7 @@ def main() -> None:
         split = splits.load(drawn, parameters.image_size)
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
-        with store.connected(f"sqlite:///{folder}/mlflow.db"):
+        with store.connected(f"sqlite:///{folder}/mlflow.db", create=True):
             experiment = store.open_experiment("train/benchmark")
             tracked += time.perf_counter() - started
             for hyper in parameters.sets:

@@ -257,14 +257,16 @@ def test_too_many_broken_pictures_are_refused(project):
     assert not (project.root / "best_model.json").exists()
 
 
-def test_missing_best_model_is_one_line(project):
+def test_missing_best_model_is_one_line(project, _store):
     draw_folders(project.data, train=1, test=1)
-    assert "best_model.json does not exist" in project.fail("src/evaluation.py")
+    last = project.fail("src/evaluation.py", MLFLOW_TRACKING_URI=_store)
+    assert "best_model.json does not exist" in last
 
 
-def test_no_version_behind_the_alias_is_one_line(project):
+def test_no_version_behind_the_alias_is_one_line(project, _store):
     draw_folders(project.data, train=1, test=1)
-    assert "No version of Production_Reg has the alias prod" in project.fail("src/inference.py")
+    last = project.fail("src/inference.py", MLFLOW_TRACKING_URI=_store)
+    assert "No version of Production_Reg has the alias prod" in last
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Server, free_port, wait_for
+from defect_detection.registry import store as stores
 from defect_detection.registry import versions
 from defect_detection.service.app import create_app
 from defect_detection.service.jobs import Jobs
@@ -64,6 +65,8 @@ def test_wrong_body_is_400_with_what_is_expected(tmp_path, body, message):
 
 def test_health_names_the_version_in_production_also_without_an_accuracy(tmp_path, monkeypatch):
     client = make(tmp_path)
+    with stores.connected(f"sqlite:///{tmp_path}/mlflow.db", create=True):
+        stores.open_experiment("any")
     assert client.get("/health").json["production"] is None
     for acc, expected in ((0.9, 0.9), (float("nan"), None)):
         version = versions.Version("Production_Reg", 3, acc)

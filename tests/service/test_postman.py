@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from conftest import ROOT, Server
+from defect_detection.registry import store as stores
 
 COLLECTION = ROOT / "tests" / "postman" / "defect-detection.postman_collection.json"
 
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 
 def test_every_request_of_the_collection_gets_the_answer_it_checks(project, learnable, tmp_path):
     project.data.symlink_to(learnable)
+    with stores.connected(f"sqlite:///{project.root}/mlflow.db", create=True):
+        stores.open_experiment("train/before")
     project.configure_retraining(image_size=[64, 64], epochs=4, learning_rate=0.01)
     server = Server(project, tmp_path / "api.log")
     server.start()

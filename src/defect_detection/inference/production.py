@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, uris
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Source:
     @property
     def last_file(self) -> Path:
         """The file that says which version had the alias prod last."""
-        return self.models / f"prod-{short_hash(self.store)}-{self.name}.json"
+        return self.models / f"prod-{short_hash(uris.place(self.store))}-{self.name}.json"
 
 
 class Production:

@@ -19,7 +19,7 @@ from mlflow.entities import Metric
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 from mlflow.exceptions import MlflowException
 
-from defect_detection import StoreError
+from defect_detection import StoreError, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.registry import saved_model, store
 from defect_detection.registry.store import first_line
@@ -216,7 +216,8 @@ def _leave_run() -> None:
 
 
 def _start(info: RunInfo) -> RunInfo:
-    store.require_reachable(mlflow.get_tracking_uri())  # MLflow would try for half a minute
+    if uris.is_server(mlflow.get_tracking_uri()):
+        store.require_server(mlflow.get_tracking_uri())  # MLflow would try for half a minute
     if info.run_id:
         mlflow.start_run(run_id=info.run_id)
         return info

@@ -1,84 +1,196 @@
 """The connection to MLflow's tracking store."""
 
+import http.client
+import logging
 import os
 import re
+import sqlite3
+import stat
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import mlflow
 import sqlalchemy
+from mlflow.environment_variables import MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_USERNAME
 from mlflow.exceptions import MlflowException
 
-from defect_detection import PipelineError, StoreError
+from defect_detection import PipelineError, StoreError, uris
 from defect_detection.atomic import require_writable
+from defect_detection.uris import without_password
+
+log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
+LOCKED_SECONDS = 60  # how long writers wait for another one
+SQLITE_HEAD = b"SQLite format 3\0"
+ANOTHER = "or set MLFLOW_TRACKING_URI in .env"
+
+# It logs errors with a traceback, and raises them too.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 @contextmanager
-def connected(uri: str, seconds: float = CONNECT_SECONDS) -> Iterator[None]:
+def connected(uri: str, seconds: float = CONNECT_SECONDS, create: bool = False) -> Iterator[None]:
     """Use the tracking store at `uri` inside the block, and turn its errors into StoreError.
 
+    Args:
+        uri: of the store; that of a server may hold a user and a password.
+        seconds: within which the store must answer.
+        create: for whoever fits models: the store must be writable, and one that is not there is
+            made, which is then said.
+
     Raises:
-        StoreError: the store cannot be reached (within `seconds`), read or written.
+        StoreError: the store is not there, cannot be reached (within `seconds`), read or written.
     """
-    if uri.startswith("file:"):
-        # MLflow >= 3.13 refuses file stores unless this variable allows them.
-        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    require_reachable(uri, seconds)
-    mlflow.set_tracking_uri(uri)
+    bare, user, password = uris.split(uri)
+    if uris.is_server(uri):
+        require_server(uri, seconds)
+        _tell_mlflow(user, password)
+        local = None
+    else:
+        bare = uris.joined(bare, user, password)  # drivers need it percent-encoded
+        local = _local_folder(bare)
+        _require_store(bare, local, seconds, create)
+    mlflow.set_tracking_uri(bare)
     try:
         yield
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-        message = f"MLflow at {without_password(uri)}: {first_line(error)}"
-        raise StoreError(message) from error
+        raise StoreError(_explain(error, uri)) from error
+    except OSError as error:  # of a folder store, which MLflow also writes to in order to read
+        files = local if bare.startswith("file:") else None
+        if files is None or not str(error.filename).startswith(str(files)):
+            raise
+        raise StoreError(_explain(error, uri)) from error
 
 
-def require_reachable(uri: str, seconds: float = CONNECT_SECONDS) -> None:
+def require_server(uri: str, seconds: float = CONNECT_SECONDS) -> None:
     """Raise StoreError at once; MLflow itself would raise only after minutes of retries."""
-    if uri.startswith(("http://", "https://")):
+    # Without the password: that the server answers is all that counts here.
+    address = re.split("[?#]", uris.split(uri)[0])[0].rstrip("/")
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=seconds).close()
+    except urllib.error.HTTPError:
+        pass  # the server answers
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = reason if isinstance(reason, Exception) else RuntimeError(reason)
+        raise StoreError(
+            f"The tracking server {without_password(uri)} does not answer "
+            f"({first_line(why, uri)}). Start it, {ANOTHER}"
+        ) from error
+
+
+def _tell_mlflow(user: str, password: str) -> None:
+    """Give MLflow user and password in its variables: it shows those in a URI in its errors."""
+    for variable, value in ((MLFLOW_TRACKING_USERNAME, user), (MLFLOW_TRACKING_PASSWORD, password)):
+        if user and password:
+            variable.set(value)
+        else:
+            variable.unset()  # those of a store before this one
+
+
+def _require_store(uri: str, local: Path | None, seconds: float, create: bool) -> None:
+    """Raise StoreError unless there is a store, or `create` allows to make one."""
+    shown = without_password(uri)
+    if create and local is not None:
+        require_writable(local)
+    try:
+        if uri.startswith("file:"):
+            # MLflow >= 3.13 refuses file stores unless this variable allows them.
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+            assert local is not None
+            there = local.exists() and any((one / "meta.yaml").exists() for one in local.iterdir())
+        else:
+            there = _has_tables(uri, seconds, create)
+    except (sqlalchemy.exc.SQLAlchemyError, OSError, ImportError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise StoreError(
+            f"The store {shown} cannot be used ({reason or first_line(error, uri)}). Start or "
+            f"repair it, {ANOTHER}"
+        ) from error
+    if not there and not create:
+        raise StoreError(
+            f"There is no tracking store at {shown}. Train a model with src/train.py, {ANOTHER}"
+        )
+    if not there:
+        log.warning("There was no tracking store at %s: a new, empty one is made", shown)
+
+
+def _has_tables(uri: str, seconds: float, create: bool) -> bool:
+    """Return whether a database holds a store of MLflow; nothing is created.
+
+    Raises:
+        OSError: the file of the database cannot be read.
+        ValueError: it is no database.
+    """
+    url, options = sqlalchemy.engine.make_url(uri), {}
+    if url.get_backend_name() == "sqlite":
+        path = Path(url.database or "")
+        if not _is_database(path, seconds if create else 0):
+            return False
+        if create and not os.access(path, os.W_OK):
+            raise PermissionError(0, "it is read-only")
+        connect = partial(sqlite3.connect, f"file:{quote(str(path))}?mode=rw", uri=True)
+        options["creator"] = partial(connect, timeout=LOCKED_SECONDS if create else seconds)
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
+    with engine.connect() as connection:
+        return sqlalchemy.inspect(connection).has_table("alembic_version")
+
+
+def _is_database(path: Path, patience: float) -> bool:
+    """Return whether there is a file, which is then a SQLite database.
+
+    Args:
+        path: of the file.
+        patience: seconds in which an empty file may become one, since another process makes it.
+    """
+    deadline = time.monotonic() + patience
+    while True:
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # the server answers
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise StoreError(
-                f"The tracking server {without_password(uri)} does not answer ({reason}). Start "
-                f"it, or set MLFLOW_TRACKING_URI in .env"
-            ) from error
-    elif (folder := _local_folder(uri)) is not None:
-        require_writable(folder)
-    else:
-        try:
-            sqlalchemy.create_engine(uri).connect().close()
-        except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-            raise StoreError(
-                f"The database {without_password(uri)} cannot be used ({first_line(error)}). "
-                f"Start it, or set MLFLOW_TRACKING_URI in .env"
-            ) from error
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError("it is no file")
+            with path.open("rb") as file:
+                head = file.read(len(SQLITE_HEAD))
+        except FileNotFoundError:
+            return False
+        if head == SQLITE_HEAD:
+            return True
+        if head or time.monotonic() > deadline:
+            raise ValueError("file is not a database" if head else "file is empty")
+        time.sleep(0.1)
 
 
 def _local_folder(uri: str) -> Path | None:
     """Return the folder that holds a local store, None if the store is not local."""
     if uri.startswith("sqlite:///"):
-        return Path(uri.removeprefix("sqlite:///")).parent
+        return Path(sqlalchemy.engine.make_url(uri).database or "").parent
     if uri.startswith("file:"):
         return Path(urllib.request.url2pathname(uri.removeprefix("file://")))
     return None
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().splitlines()[0]
+def _explain(error: Exception, uri: str) -> str:
+    said = f"MLflow at {without_password(uri)}: {first_line(error, uri)}"
+    if isinstance(error, MlflowException) and error.get_http_status_code() == 401:
+        said += ". Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in .env.local"
+    return said
 
 
-def without_password(uri: str) -> str:
-    """Return a URI with the user and password masked."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def first_line(error: Exception, uri: str | None = None) -> str:
+    """Return the first line of an error's message, without passwords.
+
+    Args:
+        error: its message may be empty; then its kind is returned.
+        uri: of the store that it is about; None is the connected one.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return uris.scrubbed(lines[0], mlflow.get_tracking_uri() if uri is None else uri)
 
 
 # MLflow's page of an experiment then begins with its runs.
