@@ -421,7 +421,7 @@ def test_no_error_shows_a_password(password, said):
 
     def raised_inside(secret: str) -> str:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stores, "_require_server", lambda *_: None)
+            patch.setattr(stores, "require_server", lambda *_: None)
             uri = f"http://kim:{quote(secret, safe='@:')}@127.0.0.1:1"
             with pytest.raises(StoreError) as raised:
                 with stores.connected(uri):
