@@ -4,12 +4,17 @@
 # make test-fast                those that need no fit and no server, under a minute
 # make sample                   draw the synthetic images in data/
 # make lint                     style and types of the code
+# make requirements             pin what requirements.in and requirements-line.in need, with hashes
 # make bench                    the figures of the documentation, about an hour
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: setup pipeline test test-fast sample lint bench
+compile = UV_CUSTOM_COMPILE_COMMAND="make requirements, from $(1).in" .cache/uv/bin/uv pip compile \
+	--quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url $(UPGRADE) \
+	$(1).in --output-file $(1).txt
+
+.PHONY: setup pipeline test test-fast sample lint requirements bench
 
 setup: .venv/.installed
 
@@ -34,6 +39,14 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Versions that are pinned stay, unless an .in file asks for others; UPGRADE=--upgrade takes the
+# newest. For all systems and Pythons at once, which pip cannot do.
+requirements:
+	python3 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(call compile,requirements)
+	$(call compile,requirements-line) --constraint requirements.txt
 
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py

@@ -165,6 +165,17 @@ def test_damaged_database_is_one_line_and_stays_as_it_is(sound, tmp_path, damage
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_database_that_another_training_is_making_is_waited_for(sound, tmp_path):
+    """SQLite makes the file first, and fills it at the first commit."""
+    path = tmp_path / "mlflow.db"
+    path.touch()
+    made = threading.Timer(0.5, lambda: fill(path, sound.read_bytes()))
+    made.start()
+    with stores.connected(f"sqlite:///{path}", create=True):
+        assert MlflowClient().search_experiments()
+    made.join()
+
+
 READING = """
 import sys
 from defect_detection.registry import store, versions
