@@ -81,3 +81,18 @@ def test_mapping_that_is_none_is_one_line(tmp_path, content, expected):
     with pytest.raises(PipelineError, match=expected) as raised:
         atomic.read_mapping(tmp_path / "a.csv", "path", "photo")
     assert str(tmp_path / "a.csv") in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\ta", "\ra", "\na", "'a", "''=a", "'"])
+def test_name_that_begins_like_a_formula_is_defused_and_restored(name):
+    assert atomic.defused(name) == f"'{name}"
+    assert atomic.restored(f"'{name}") == name
+
+
+@pytest.mark.parametrize("name", ["-", "", "a=1", "test/=1.png"])
+def test_other_names_are_written_as_they_are(name):
+    assert atomic.defused(name) == atomic.restored(name) == name
+
+
+def test_name_with_an_apostrophe_of_its_own_from_before_is_kept():
+    assert atomic.restored("'a.png") == "'a.png"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from defect_detection import PipelineError
 
+_FORMULA = tuple("=+-@\t\r\n'")  # how formulas begin, and what `defused` begins with
+
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
@@ -73,6 +75,19 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def defused(text: str) -> str:
+    """Return a name for a CSV file that spreadsheets do not take for a formula.
+
+    One that begins like a formula gets an apostrophe before it, which `restored` takes away.
+    """
+    return f"'{text}" if text.startswith(_FORMULA) and text != "-" else text
+
+
+def restored(text: str) -> str:
+    """Return the name that `defused` was given."""
+    return text[1:] if text[:1] == "'" and text[1:].startswith(_FORMULA) else text
 
 
 def write_mapping(path: Path, key: str, value: str, mapping: Mapping[str, object]) -> None:

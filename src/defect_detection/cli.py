@@ -3,15 +3,52 @@
 import argparse
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
+from typing import NoReturn
 
 from defect_detection import PipelineError
 
 DATA_OPTIONS = ("data", "config")
+# What a terminal obeys, or shows in another order than it is written: control characters, ends of
+# lines, marks of the direction of writing, and bytes that are not UTF-8.
+CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Return a text in one line for a terminal: names of files may hold codes that it obeys.
+
+    They are shown as in Python, for instance \x1b.
+    """
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Formatter(logging.Formatter):
+    """Makes messages and tracebacks printable."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(
+        self,
+        raised: tuple[type[BaseException], BaseException, TracebackType | None]
+        | tuple[None, None, None],
+    ) -> str:
+        return "\n".join(map(printable, super().formatException(raised).split("\n")))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Makes messages printable."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def parser(docstring: str, example: str, data: bool = True) -> argparse.ArgumentParser:
@@ -22,7 +59,7 @@ def parser(docstring: str, example: str, data: bool = True) -> argparse.Argument
         example: of a call.
         data: whether it has the options `--data` and `--config`.
     """
-    made = argparse.ArgumentParser(
+    made = _Parser(
         description=docstring,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,7 +110,9 @@ def uninterrupted() -> Iterator[None]:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its exit code, or with an error in one line and 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[shown])
     for noisy in ("mlflow", "alembic", "absl", "tensorflow"):
         # Their errors come as exceptions, too, and are said in one line.
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -82,13 +121,13 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except PipelineError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)

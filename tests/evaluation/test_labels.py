@@ -60,3 +60,8 @@ def test_table_can_be_read_back(data):
     found = labels.likely_errors(data, np.arange(40), data.labels, judged(data, [3, 8]))
     rows = list(csv.DictReader(labels.table(found).splitlines()))
     assert {row["path"] for row in rows} == {"3", "8"}
+
+
+def test_names_that_spreadsheets_would_compute_are_defused():
+    rows = labels.table([labels.LabelError("=1+1.png", "ok_front", 1, 0.1)]).splitlines()
+    assert rows[1].startswith("'=1+1.png,ok_front,")

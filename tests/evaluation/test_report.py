@@ -275,6 +275,13 @@ def test_table_has_a_row_for_every_image(drawn):
     assert [row["verdict"] == "defect" for row in rows] == (drawn.probabilities >= 0.3).tolist()
 
 
+def test_names_that_spreadsheets_would_compute_are_defused(drawn):
+    testing = drawn.split.testing
+    names = ("=1+1.png", *testing.paths[1:])
+    renamed = replace(drawn, split=replace(drawn.split, testing=replace(testing, paths=names)))
+    assert report.table(renamed).splitlines()[1].startswith("'=1+1.png,")
+
+
 @pytest.fixture(scope="module")
 def browsed(page, tmp_path_factory):
     """The page as the browser has it, what its console said and what it asked for."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defect_detection.atomic import csv_text
+from defect_detection.atomic import csv_text, defused
 from defect_detection.dataset.split import Dataset
 from defect_detection.evaluation import metrics
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, NEGATIVE, POSITIVE
@@ -68,5 +68,7 @@ def likely_errors(
 
 def table(errors: list[LabelError]) -> str:
     """Return likely label errors as CSV."""
-    rows = [(one.path, one.label, one.photograph, f"{one.confidence:.6f}") for one in errors]
+    rows = [
+        (defused(one.path), one.label, one.photograph, f"{one.confidence:.6f}") for one in errors
+    ]
     return csv_text([("path", "class", "photograph", "confidence"), *rows])

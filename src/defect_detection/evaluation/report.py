@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from defect_detection.atomic import csv_text
+from defect_detection.atomic import csv_text, defused
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import figures
 from defect_detection.evaluation.metrics import Rate
@@ -271,7 +271,11 @@ def table(evaluation: Evaluation) -> str:
     review = point.needs_review(evaluation.probabilities)
     rows = [
         (
-            *(path, POSITIVE if testing.labels[row] else NEGATIVE, testing.photographs[row]),
+            *(
+                defused(path),
+                POSITIVE if testing.labels[row] else NEGATIVE,
+                testing.photographs[row],
+            ),
             *(f"{evaluation.probabilities[row]:.6f}", "defect" if found[row] else "ok"),
             *(bool(review[row]), bool(evaluation.split.leaked[row])),
         )

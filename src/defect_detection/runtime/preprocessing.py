@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 PREPROCESSING = "bilinear-2"
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey level in files with two bytes for it
 BORDER = 127  # grey of the borders of a letterboxed image
+LARGEST_FILE = 2**30  # bytes
 
 Shaping = Literal["letterbox", "stretch"]
 
@@ -69,27 +71,85 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def files_below(folder: str) -> Iterator[str]:
+def files_below(
+    folder: str, failed: Callable[[str, OSError], object] | None = None
+) -> Iterator[str]:
     """Yield the files in a folder and all folders below it, sorted, without hidden ones.
 
     Links to folders are followed, but no folder is entered within itself.
+
+    Args:
+        folder: to search.
+        failed: is told each folder that cannot be searched and each link that leads nowhere, with
+            the reason. Without it, a folder that is gone is empty and such a link is a file.
+
+    Raises:
+        OSError: a folder cannot be searched, and nobody is told.
     """
     above = {os.path.realpath(folder)}
 
     def search(here: str, above: set[str]) -> Iterator[str]:
         try:
-            with os.scandir(here) as found:
-                entries = sorted((entry.path, entry.is_dir()) for entry in found)
-        except FileNotFoundError:  # moved away meanwhile
+            files, folders = _entries(here, failed)
+        except OSError as error:
+            if failed is not None:
+                failed(here, error)
+            elif not isinstance(error, FileNotFoundError):  # moved away meanwhile
+                raise
             return
-        shown = [one for one in entries if not os.path.basename(one[0]).startswith(".")]
-        yield from (path for path, is_folder in shown if not is_folder)
-        for path in (path for path, is_folder in shown if is_folder):
+        yield from files
+        for path in folders:
             real = os.path.realpath(path)
             if real not in above:
                 yield from search(path, above | {real})
 
     yield from search(folder, above)
+
+
+def _entries(
+    folder: str, failed: Callable[[str, OSError], object] | None
+) -> tuple[list[str], list[str]]:
+    """Return the files and the folders in a folder, sorted."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if failed is not None and entry.is_symlink():
+                    entry.stat()
+                (folders if entry.is_dir() else files).append(entry.path)
+            except OSError as error:
+                if failed is None:
+                    raise
+                failed(entry.path, error)
+    return sorted(files), sorted(folders)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of an image file.
+
+    What is no regular file is not even opened: a FIFO waits for a writer, a device may never end.
+
+    Raises:
+        UnreadableImage: it is no regular file, or too large.
+        OSError: it is missing or cannot be read.
+    """
+    _require_regular(os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        _require_regular(os.fstat(descriptor))  # it may be another file by now
+        return file.readall()
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise UnreadableImage("is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImage("is no regular file")
+    if status.st_size > LARGEST_FILE:
+        raise UnreadableImage(f"is larger than {LARGEST_FILE / 2**30:.0f} GiB")
 
 
 def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
@@ -167,7 +227,7 @@ def bits_of(path: Path) -> int | None:
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong in the block is said of the image."""
     try:
-        content = source if isinstance(source, bytes) else source.read_bytes()
+        content = source if isinstance(source, bytes) else read_file(source)
         if not content:
             raise UnreadableImage("is empty (0 bytes)")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

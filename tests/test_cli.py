@@ -1,0 +1,56 @@
+"""What all scripts write to a terminal."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from defect_detection.cli import printable
+
+FAIL = """
+import logging, sys
+from defect_detection import PipelineError, cli
+
+def main():
+    try:
+        raise ValueError(sys.argv[1])
+    except ValueError:
+        logging.exception("%s: not read", sys.argv[1])
+    if sys.argv[2] == "os":
+        open(sys.argv[1])
+    raise PipelineError(f"{sys.argv[1]} is wrong")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Gehäuse – Ø 12 µm, 部品, ✓.png", "Gehäuse – Ø 12 µm, 部品, ✓.png"),
+        ("\x1b[31m\x07", r"\x1b[31m\x07"),
+        ("a\r\nb\tc", r"a\r\nb\tc"),
+        ("\x7f\x80\x9b\x85", r"\x7f\x80\x9b\x85"),
+        ("\u202egnp.exe\u2066\u200f\u2028", r"\u202egnp.exe\u2066\u200f\u2028"),
+        ("\udc9b", r"\udc9b"),
+    ],
+)
+def test_what_a_terminal_obeys_is_shown_as_python_writes_it(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "os"])
+def test_errors_and_logs_give_no_orders_to_a_terminal(kind):
+    done = subprocess.run(
+        [sys.executable, "-c", FAIL, "a\x1b]0;x\x07\nerror: b\u202e.png", kind],
+        cwd=ROOT / "src",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert not [line for line in lines if not line.isprintable()]
+    assert lines[0] == r"a\x1b]0;x\x07\nerror: b\u202e.png: not read"
+    assert lines[1].startswith("Traceback")
+    assert lines[-1].startswith(r"error: a\x1b]0;x\x07\nerror: b\u202e.png")
