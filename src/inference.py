@@ -53,19 +53,19 @@ def main() -> int:
         from defect_detection.inference.judge import Judge, NamedModel
         from defect_detection.inference.rows import Output
 
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        output = Output([stack.enter_context(file) for file in open_files(options)], coloured)
         if production is None:
             model = NamedModel.load(options.model, options.model)
         else:
             model = NamedModel.in_production(production)
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        output = Output([stack.enter_context(file) for file in open_files(options)], coloured)
         judge = Judge(model, Path(options.heatmaps) if options.heatmaps else None, pool)
         if options.watch:
             from defect_detection.inference import watch
 
             watch.follow(options.watch, judge, production, output)
-        return conclude(options, *judge_all(options, items, judge, output), bool(output))
+        return judge_all(options, items, judge, output)
 
 
 def arguments() -> ArgumentParser:
@@ -89,7 +89,8 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
     files = bool(options.csv or options.jsonl)
     if options.resume and not files:
         parser.error("--resume needs --csv or --jsonl")
-    if options.csv and options.csv == options.jsonl:
+    paths = [os.path.realpath(file) for file in (options.csv, options.jsonl) if file]
+    if len(paths) > len(set(paths)):
         parser.error("--csv and --jsonl name one file")
     if options.files_from == "-" and "-" in options.pictures:
         parser.error("standard input is an image or a list, not both")
@@ -161,38 +162,56 @@ def open_files(options: Namespace) -> "Iterator[RowFile]":
         yield JsonLines(options.jsonl, options.resume)
 
 
-def judge_all(
-    options: Namespace, items: "Iterator[Item]", judge: "Judge", output: "Output"
-) -> tuple[Counter[str], str]:
-    """Judge images and write their rows; return the verdicts' counts and the first broken image."""
+def judge_all(options: Namespace, items: "Iterator[Item]", judge: "Judge", output: "Output") -> int:
+    """Judge images and write their rows; return the exit code.
+
+    Raises:
+        PipelineError: an image cannot be read, or rows cannot be written.
+    """
     counts: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
     broken = ""
-    wanted = (item for item in items if not output.holds(item.path))
+
+    def wanted() -> "Iterator[Item]":
+        for item in items:
+            verdict = output.kept(item.path)
+            if verdict is None:
+                yield item
+            else:
+                kept[verdict] += 1
+
     with progress(options) if output else nullcontext() as bar:
-        for rows in judge.rows(wanted):
+        for rows in judge.rows(wanted()):
             output.put(rows)
             counts.update(row.verdict for row in rows)
             errors = (f"{row.path} {row.reason}" for row in rows if row.verdict == "error")
             broken = broken or next(errors, "")
             if bar is not None:
                 bar.update(len(rows))
-    return counts, broken
+    output.settle()
+    if output:
+        print(said(counts, "judged") + (f"; {said(kept, 'have a row')}" if kept else ""))
+    return conclude(options, counts, kept, broken)
 
 
-def conclude(options: Namespace, counts: Counter[str], broken: str, files: bool) -> int:
-    """Print the counts if rows went into files; return the exit code.
+def said(counts: Counter[str], what: str) -> str:
+    """Return counts of verdicts in words."""
+    each = ", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "none"
+    return f"{counts.total()} images {what}: {each}"
+
+
+def conclude(options: Namespace, counts: Counter[str], kept: Counter[str], broken: str) -> int:
+    """Return the exit code.
 
     Raises:
         PipelineError: an image cannot be read.
     """
-    if files:
-        said = ", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "none"
-        print(f"{counts.total()} images judged: {said}")
-    if options.fail_on_defect and counts.total() > counts["ok"]:
+    asked = counts + kept
+    if options.fail_on_defect and asked.total() > asked["ok"]:
         return DEFECT_FOUND
     if broken:
         raise PipelineError(
-            f"{counts['error']} of {counts.total()} images cannot be read. Replace or delete "
+            f"{counts['error']} of {asked.total()} images cannot be read. Replace or delete "
             f"them ({broken})"
         )
     return 0

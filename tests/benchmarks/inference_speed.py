@@ -241,6 +241,7 @@ def throughput(model: Path, pictures: Path, paths: list[Path], folder: Path) -> 
         started = time.perf_counter()
         infer(pictures, "--model", model, "--csv", folder / "rows.csv")
         ours.append(len(paths) / (time.perf_counter() - started))
+        (folder / "rows.csv").unlink()
         keras.append(float(with_keras(model, "folder", pictures)))
     rate, alone, run, through = map(statistics.median, (ours, decoding, bare, keras))
     allowed = 1 / (1 / alone + 1 / run)

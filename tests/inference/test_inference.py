@@ -45,9 +45,14 @@ def pictures(tmp_path, parts) -> Path:
     return tmp_path / "pictures"
 
 
+def command(line, *arguments) -> list[str]:
+    words = [sys.executable, line.root / SCRIPT, "--model", line.root / "model", *arguments]
+    return [one if isinstance(one, bytes) else str(one) for one in words]
+
+
 def infer(line, *arguments, input: bytes = b"", cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, line.root / SCRIPT, "--model", line.root / "model", *map(str, arguments)],
+        command(line, *arguments),
         cwd=cwd or line.root,
         env=line.environment(),
         input=input,
@@ -163,12 +168,14 @@ def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tm
         ["--watch", ".", "--fail-on-defect"],
         [".", "--heatmaps", "below"],
         ["a.png", "--json", "x"],
+        ["a.png", "--csv", "x", "--jsonl", "./x"],
+        ["--\x1b[31m"],
     ],
 )
 def test_options_that_contradict_each_other_are_refused(line, arguments):
     done = infer(line, *arguments)
     assert done.returncode == 2
-    assert b"error: " in done.stderr
+    assert b"error: " in done.stderr and b"\x1b" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -189,8 +196,9 @@ def test_what_is_wrong_is_one_line(line, arguments, message):
 
 
 def test_reader_that_has_seen_enough_ends_it_without_a_word(line, pictures):
-    command = [sys.executable, line.root / SCRIPT, "--model", line.root / "model", pictures]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(line, pictures), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
@@ -207,6 +215,98 @@ def test_resume_skips_what_the_file_holds(line, pictures):
     assert file.read_bytes() == whole
     missing = 20 - len(whole[:half].splitlines()) + 1
     assert done.stdout.decode().startswith(f"{missing} images judged: ")
+
+
+@pytest.fixture
+def black(tmp_path) -> Path:
+    """An image that no model for parts calls ok."""
+    Image.new("L", (96, 96)).save(tmp_path / "black.png")
+    return tmp_path / "black.png"
+
+
+def test_rows_that_are_kept_count_for_the_exit_code(line, pictures, black):
+    judged = dict(out.split("  ")[:2] for out in infer(line, pictures).stdout.decode().splitlines())
+    ok = [path for path, verdict in judged.items() if verdict == "ok"]
+    files = ["--csv", pictures / "rows.csv", "--jsonl", pictures / "rows.jsonl", "--resume"]
+    assert infer(line, black, *ok, *files, "--fail-on-defect").returncode == 3
+    done = infer(line, black, *ok, *files, "--fail-on-defect")
+    assert done.returncode == 3
+    said = f"0 images judged: none; {1 + len(ok)} images have a row: "
+    assert done.stdout.decode().startswith(said) and "1 unknown" in done.stdout.decode()
+    if ok:  # only the images that are asked about count
+        assert infer(line, *ok, *files, "--fail-on-defect").returncode == 0
+
+
+def test_error_row_fails_again_until_the_image_is_repaired(line, pictures, parts):
+    broken, file = pictures / "0" / "00.jpeg", pictures.with_name("rows.csv")
+    broken.write_bytes(b"")
+    for resume in ([], ["--resume"]):
+        done = infer(line, pictures, "--csv", file, *resume)
+        assert done.returncode == 1
+        assert done.stderr.decode().startswith("error: 1 of 20 images cannot be read")
+    before = file.read_text().splitlines()
+    assert len(before) == 21 and before[-1].startswith(f"{broken},error")
+    broken.write_bytes(parts[0])
+    assert infer(line, pictures, "--csv", file, "--resume").returncode == 0
+    after = file.read_text().splitlines()
+    assert after[:-1] == before[:-1] and after[-1].startswith(f"{broken},")
+    assert ",error," not in after[-1]
+
+
+def test_second_run_on_the_same_file_is_refused_and_no_row_is_lost(line, pictures):
+    file = pictures.with_name("rows.csv")
+    words = command(line, pictures, "--csv", file)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(words, **pipes) for _ in range(3)]
+    ended = [(*process.communicate(timeout=100), process.returncode) for process in processes]
+    assert sorted(code for *_, code in ended) == [0, 1, 1]
+    for _, err, code in ended:
+        # One may begin after another has ended.
+        refused = "another run writes rows there" in err or "holds 20 rows: continue" in err
+        assert refused == (code == 1) == len(err.splitlines())
+    with file.open(newline="") as rows_written:
+        names = [row["path"] for row in csv.DictReader(rows_written)]
+    assert sorted(names) == sorted(map(str, pictures.rglob("*.jpeg")))
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_rows_never_overwrite_what_is_there(line, pictures, resume):
+    first = next(pictures.rglob("*.jpeg"))
+    before = first.read_bytes()
+    done = infer(line, first, "--csv", first, *resume)
+    assert done.returncode == 1 and first.read_bytes() == before
+    assert done.stderr.decode().startswith(f"error: {first}: row 1 is no verdict")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_restart_without_resume_wipes_nothing(line, pictures):
+    file = pictures / "rows.jsonl"
+    infer(line, pictures, "--jsonl", file)
+    before = file.read_bytes()
+    for arguments in ([pictures], ["--watch", pictures]):
+        done = infer(line, *arguments, "--jsonl", file)
+        assert done.returncode == 1 and file.read_bytes() == before
+        assert "holds 20 rows: continue with --resume, or delete it first" in done.stderr.decode()
+
+
+def test_names_with_codes_reach_files_exactly_and_terminals_never(line, tmp_path):
+    names = [b"\x1b]0;owned\x07.png", b"a\nerror: b.png", "\u202egnp.png".encode(), b"\x9b1m.png"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in names:
+        (folder / os.fsdecode(name)).touch()
+    (folder / "x.\x1b[31mtxt").touch()
+    done = infer(line, folder)
+    text = (done.stdout + done.stderr).decode()
+    assert not re.search(r"[^\n -~]", text)
+    assert len(done.stdout.splitlines()) == 4 and len(done.stderr.splitlines()) == 2
+    for shown in (r"\x1b]0;owned\x07.png", r"a\nerror: b.png", r"\u202egnp.png", r"\udc9b1m.png"):
+        assert shown in text
+    assert r"not judged: 1 .\x1b[31mtxt" in text
+    infer(line, folder, "--csv", tmp_path / "csv", "--jsonl", tmp_path / "json")
+    paths = [os.path.join(os.fsencode(folder), name) for name in names]
+    assert {os.fsencode(row["path"]) for row in rows(tmp_path / "json")} == set(paths)
+    assert all(path in (tmp_path / "csv").read_bytes() for path in paths)
 
 
 def test_nothing_heavy_is_imported(line, pictures):
@@ -232,20 +332,24 @@ class Watching:
     def __init__(self, line, folder: Path, file: Path):
         folder.mkdir(exist_ok=True)
         self.folder, self.file = folder, file
-        self.command = [sys.executable, line.root / SCRIPT, "--model", line.root / "model"]
-        self.command += ["--watch", folder, "--jsonl", file]
+        self.command = command(line, "--watch", folder, "--jsonl", file)
         self.environment = line.environment()
         self.process = None
 
     def start(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*self.command, *arguments], env=self.environment, stderr=subprocess.PIPE, text=True
-        )
-        assert "Watching" in self.process.stderr.readline()
+        self.log = self.file.with_name("stderr")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*self.command, *arguments], env=self.environment, stderr=log
+            )
+        wait_for(lambda: "Watching" in self.said())
+
+    def said(self) -> str:
+        return self.log.read_text()
 
     def end(self, how: signal.Signals) -> None:
         self.process.send_signal(how)
-        self.process.communicate(timeout=20)
+        self.process.wait(20)
 
     def names(self) -> list[str]:
         return [Path(row["path"]).name for row in rows(self.file)]
@@ -297,3 +401,43 @@ def test_a_thousand_pictures_at_once_and_kills_lose_none_and_judge_none_twice(
     wait_for(lambda: len(watching.names()) >= 1000)
     time.sleep(0.5)
     assert sorted(watching.names()) == dropped
+
+
+def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
+    broken = watching.folder / "broken.jpeg"
+    broken.write_bytes(parts[0][:100])
+    watching.start()
+    wait_for(watching.names)
+    assert rows(watching.file)[0]["verdict"] == "error"
+    broken.write_bytes(parts[0])
+    wait_for(lambda: [row["verdict"] != "error" for row in rows(watching.file)] == [True])
+    # Images with a row are not judged again after a restart, those with an error are.
+    (watching.folder / "second.jpeg").write_bytes(b"")
+    wait_for(lambda: len(watching.names()) == 2)
+    watching.end(signal.SIGKILL)
+    (watching.folder / "second.jpeg").write_bytes(parts[1])
+    watching.start("--resume")
+    wait_for(lambda: [row["verdict"] != "error" for row in rows(watching.file)] == [True, True])
+    assert watching.names() == ["broken.jpeg", "second.jpeg"]
+    # An image that is overwritten after a restart gets another row.
+    broken.write_bytes(parts[2])
+    wait_for(lambda: watching.names() == ["broken.jpeg", "second.jpeg", "broken.jpeg"])
+
+
+@pytest.mark.parametrize("change", ["delete", "append", "truncate"])
+def test_watch_ends_with_an_error_if_something_else_changes_its_rows(watching, parts, change):
+    watching.start()
+    (watching.folder / "a.jpeg").write_bytes(parts[0])
+    wait_for(watching.names)
+    if change == "delete":
+        watching.file.unlink()
+    else:
+        kept = watching.file.read_bytes() if change == "append" else b""
+        watching.file.write_bytes(kept + b"noted by hand\n")
+    (watching.folder / "b.jpeg").write_bytes(parts[1])
+    assert watching.process.wait(20) == 1
+    assert watching.said().splitlines()[-1].startswith(f"error: {watching.file} was ")
+    if change == "delete":
+        assert not watching.file.exists()
+    else:
+        assert watching.file.read_bytes() == kept + b"noted by hand\n"

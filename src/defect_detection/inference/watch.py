@@ -121,7 +121,7 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
         production: where the model comes from; None if it was given as a folder.
         output: where the rows go.
     """
-    watch = Watch(folder, output.holds)
+    watch = Watch(folder, output.take)
     waiting: deque[Arrival] = deque()
 
     def items() -> Iterator[Item]:
@@ -140,6 +140,7 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
                 output.put([row for row, _ in whole])
             for _, arrival in whole:
                 arrival.judged()
+        output.settle()
         if production is not None and production.moved():
             judge.model = NamedModel.in_production(production)
         time.sleep(max(LOOK_EVERY, time.monotonic() - started))
