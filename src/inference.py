@@ -89,6 +89,9 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
     files = bool(options.csv or options.jsonl)
     if options.resume and not files:
         parser.error("--resume needs --csv or --jsonl")
+    for name in ("files_from", "watch", "heatmaps", "model"):
+        if getattr(options, name) == "":  # a variable of the shell that is not set
+            parser.error(f"--{name.replace('_', '-')} is empty")
     paths = [os.path.realpath(file) for file in (options.csv, options.jsonl) if file]
     if len(paths) > len(set(paths)):
         parser.error("--csv and --jsonl name one file")
@@ -96,6 +99,8 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("standard input is an image or a list, not both")
     if options.watch and (options.pictures or options.files_from or options.fail_on_defect):
         parser.error("--watch takes neither images nor --files-from nor --fail-on-defect")
+    if options.fail_on_defect and not options.pictures and not options.files_from:
+        parser.error("--fail-on-defect needs images: without any, the examples are judged")
     searched = [*options.pictures, *([options.watch] if options.watch else [])]
     for folder in filter(os.path.isdir, searched):
         heatmaps = Path(options.heatmaps).resolve() if options.heatmaps else None

@@ -169,6 +169,10 @@ def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tm
         [".", "--heatmaps", "below"],
         ["a.png", "--json", "x"],
         ["a.png", "--csv", "x", "--jsonl", "./x"],
+        ["--fail-on-defect"],
+        ["--files-from", ""],
+        ["--watch", ""],
+        ["a.png", "--heatmaps", ""],
         ["--\x1b[31m"],
     ],
 )
@@ -253,6 +257,41 @@ def test_error_row_fails_again_until_the_image_is_repaired(line, pictures, parts
     assert ",error," not in after[-1]
 
 
+@pytest.mark.parametrize("fail", [[], ["--fail-on-defect"]])
+@pytest.mark.parametrize(
+    ("arguments", "input"),
+    [(["--files-from", "-"], b""), (["--files-from", "-"], b"\n \n")] + [(["-"], b"")],
+)
+def test_nothing_to_judge_is_not_ok(line, arguments, input, fail):
+    done = infer(line, *arguments, *fail, input=input)
+    assert done.returncode == 1 and done.stdout == b""
+    assert re.fullmatch(r"error: standard input (names|holds) no image.*\n", done.stderr.decode())
+
+
+def test_images_that_cannot_be_read_here_are_not_ok(line, pictures, parts):
+    first = next(pictures.rglob("*.jpeg"))
+    folder = pictures / "other"
+    folder.mkdir()
+    shutil.copy(first, folder / "a.jpeg")
+    with Image.open(first) as image:
+        image.save(folder / "anim.gif")
+        image.save(folder / "raw.tiff")
+    (folder / "raw.tiff").rename(folder / "raw.DNG")  # its thumbnail passes for a TIFF
+    (folder / "gone").symlink_to(folder / "share")
+    (folder / "notes.txt").touch()
+    for given in (folder, folder / "*"):
+        done = infer(line, given)
+        assert done.returncode == 1
+        lines = dict(out.split("  ", 1) for out in done.stdout.decode().splitlines())
+        assert {Path(path).name: said for path, said in lines.items() if "error" in said} == {
+            "anim.gif": "error  review  is none of JPEG, PNG, BMP, TIFF, WEBP",
+            "raw.DNG": "error  review  is none of JPEG, PNG, BMP, TIFF, WEBP",
+            "gone": "error  review  does not exist",
+        }
+        assert len(lines) == 4 and "not judged: 1 .txt\n" in done.stderr.decode()
+        assert infer(line, given, "--fail-on-defect").returncode == 3
+
+
 def test_second_run_on_the_same_file_is_refused_and_no_row_is_lost(line, pictures):
     file = pictures.with_name("rows.csv")
     words = command(line, pictures, "--csv", file)
@@ -307,6 +346,21 @@ def test_names_with_codes_reach_files_exactly_and_terminals_never(line, tmp_path
     paths = [os.path.join(os.fsencode(folder), name) for name in names]
     assert {os.fsencode(row["path"]) for row in rows(tmp_path / "json")} == set(paths)
     assert all(path in (tmp_path / "csv").read_bytes() for path in paths)
+
+
+def test_what_never_ends_is_an_error(line, tmp_path, parts):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.jpeg")
+    (folder / "zero.jpeg").symlink_to("/dev/zero")
+    (folder / "part.jpeg").write_bytes(parts[0])
+    for given in ([folder], [folder / "*"], sorted(folder.iterdir())):
+        done = infer(line, *given)
+        assert done.returncode == 1
+        lines = dict(out.split("  ", 1) for out in done.stdout.decode().splitlines())
+        assert len(lines) == 3
+        for name in ("fifo", "zero"):
+            assert lines[str(folder / f"{name}.jpeg")] == "error  review  is no regular file"
 
 
 def test_nothing_heavy_is_imported(line, pictures):

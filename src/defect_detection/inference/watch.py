@@ -78,7 +78,7 @@ class Watch:
         place. One that cannot be decoded yet is returned at each change, at last as `final`.
         """
         there = set()
-        for path in walk(self._folder):
+        for path in walk(self._folder, lambda path, error: None):
             there.add(path)
             try:
                 arrival = self._look(path)
