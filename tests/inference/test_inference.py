@@ -457,6 +457,21 @@ def test_a_thousand_pictures_at_once_and_kills_lose_none_and_judge_none_twice(
     assert sorted(watching.names()) == dropped
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_what_never_ends_neither_stops_a_watch_nor_outlives_a_signal(watching, parts, how):
+    os.mkfifo(watching.folder / "fifo.jpeg")
+    (watching.folder / "zero.jpeg").symlink_to("/dev/zero")
+    watching.start()
+    (watching.folder / "part.jpeg").write_bytes(parts[0])
+    wait_for(watching.names, seconds=5)
+    if how == signal.SIGTERM:  # else they still wait to be given up
+        wait_for(lambda: len(watching.names()) == 3)
+    watching.process.send_signal(how)
+    assert watching.process.wait(2) == {signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    errors = [row["reason"] for row in rows(watching.file) if row["verdict"] == "error"]
+    assert errors == ["is no regular file"] * (2 if how == signal.SIGTERM else 0)
+
+
 def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
     broken = watching.folder / "broken.jpeg"
     broken.write_bytes(parts[0][:100])
@@ -476,6 +491,27 @@ def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
     # An image that is overwritten after a restart gets another row.
     broken.write_bytes(parts[2])
     wait_for(lambda: watching.names() == ["broken.jpeg", "second.jpeg", "broken.jpeg"])
+
+
+def test_watched_folder_that_goes_away_is_named_and_its_images_are_judged_once(watching, parts):
+    watching.start()
+    away = watching.folder.with_name("away")
+    for number in range(3):
+        (watching.folder / f"{number}.jpeg").write_bytes(parts[number])
+    wait_for(lambda: len(watching.names()) == 3)
+    shutil.copytree(watching.folder, away)
+    shutil.rmtree(watching.folder)
+    wait_for(lambda: "is away (" in watching.said(), seconds=5)
+    watching.folder.mkdir()  # as the folder is where a share was mounted
+    time.sleep(0.5)
+    watching.folder.rmdir()
+    away.rename(watching.folder)
+    wait_for(lambda: watching.said().endswith("arriving is back\n"), seconds=5)
+    (watching.folder / "new.jpeg").write_bytes(parts[3])
+    wait_for(lambda: len(watching.names()) > 3)
+    time.sleep(0.5)
+    assert watching.names()[3:] == ["new.jpeg"]
+    assert len(watching.said().splitlines()) == 3  # watching, away, back
 
 
 @pytest.mark.parametrize("change", ["delete", "append", "truncate"])
