@@ -363,6 +363,45 @@ def test_what_never_ends_is_an_error(line, tmp_path, parts):
             assert lines[str(folder / f"{name}.jpeg")] == "error  review  is no regular file"
 
 
+# A thread that asks a share whose server is gone hears no signal; nor does one in this mutex.
+HANG = """
+import ctypes, os, runpy, sys
+scandir, libc, mutex = os.scandir, ctypes.CDLL(None), ctypes.create_string_buffer(256)
+libc.pthread_mutex_init(mutex, None)
+
+def hang(path):
+    if os.path.exists(f"{path}/hangs"):
+        libc.pthread_mutex_lock(mutex)
+        print("hangs", file=sys.stderr, flush=True)
+        libc.pthread_mutex_lock(mutex)
+    return scandir(path)
+
+os.scandir = hang
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("option", [[], ["--watch"]])
+def test_signal_ends_it_at_once_while_a_share_hangs(line, tmp_path, option, how):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    python, *words = command(line, *option, folder)
+    (folder / "hangs").touch()
+    log = tmp_path / "stderr"
+    with log.open("w") as errors:
+        process = subprocess.Popen([python, "-c", HANG, *words], stderr=errors)
+    try:
+        wait_for(lambda: ("does not answer" if option else "hangs") in log.read_text())
+        process.send_signal(how)
+        assert process.wait(5) == {signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_nothing_heavy_is_imported(line, pictures):
     program = (
         "import atexit, runpy, sys;"
