@@ -38,34 +38,49 @@ DEFECT_FOUND = 3  # exit code
 
 
 def main() -> int:
-    """Read the options; then model, images, rows."""
+    """Read the options, then judge; a signal ends it at once."""
     parser = arguments()
     options = parser.parse_args()
     check(parser, options)
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    with ExitStack() as stack:
-        # Asking the registry takes two seconds: it begins first and is awaited last.
-        production = None if options.model else ask_registry(options)
-        if production is not None:
-            stack.callback(production.close)
-        items = iter(()) if options.watch else find(options)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    try:
+        with ExitStack() as stack:
+            return infer(options, coloured, stack)
+    except (SystemExit, KeyboardInterrupt) as ended:
+        # A thread may wait for a share that does not answer; Python would wait for the thread.
+        os._exit(130 if isinstance(ended, KeyboardInterrupt) else ended.code)
 
-        from defect_detection.inference.judge import Judge, NamedModel
-        from defect_detection.inference.rows import Output
 
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        output = Output([stack.enter_context(file) for file in open_files(options)], coloured)
-        if production is None:
-            model = NamedModel.load(options.model, options.model)
-        else:
-            model = NamedModel.in_production(production)
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        judge = Judge(model, Path(options.heatmaps) if options.heatmaps else None, pool)
-        if options.watch:
-            from defect_detection.inference import watch
+def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
+    """Find model, images and rows' files; judge; return the exit code.
 
-            watch.follow(options.watch, judge, production, output)
-        return judge_all(options, items, judge, output)
+    Files are read in threads, so that this one always hears signals.
+    """
+    # Asking the registry takes two seconds: it begins first and is awaited last.
+    production = None if options.model else ask_registry(options)
+    if production is not None:
+        stack.callback(production.close)
+    worker = ThreadPoolExecutor(1)
+    items = iter(()) if options.watch else worker.submit(find, options).result()
+
+    from defect_detection.inference.judge import Judge, NamedModel
+    from defect_detection.inference.rows import Output
+
+    output = Output([stack.enter_context(file) for file in open_files(options)], coloured)
+    if production is None:
+        model = NamedModel.load(options.model, options.model)
+    else:
+        model = NamedModel.in_production(production)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    judge = Judge(model, Path(options.heatmaps) if options.heatmaps else None, pool)
+    stack.callback(output.pause)
+    if options.watch:
+        from defect_detection.inference import watch
+
+        worker.submit(watch.follow, options.watch, judge, production, output).result()
+    return worker.submit(judge_all, options, items, judge, output).result()
 
 
 def arguments() -> ArgumentParser:
@@ -89,6 +104,9 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
     files = bool(options.csv or options.jsonl)
     if options.resume and not files:
         parser.error("--resume needs --csv or --jsonl")
+    for name in ("files_from", "watch", "heatmaps", "model"):
+        if getattr(options, name) == "":  # a variable of the shell that is not set
+            parser.error(f"--{name.replace('_', '-')} is empty")
     paths = [os.path.realpath(file) for file in (options.csv, options.jsonl) if file]
     if len(paths) > len(set(paths)):
         parser.error("--csv and --jsonl name one file")
@@ -96,6 +114,8 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("standard input is an image or a list, not both")
     if options.watch and (options.pictures or options.files_from or options.fail_on_defect):
         parser.error("--watch takes neither images nor --files-from nor --fail-on-defect")
+    if options.fail_on_defect and not options.pictures and not options.files_from:
+        parser.error("--fail-on-defect needs images: without any, the examples are judged")
     searched = [*options.pictures, *([options.watch] if options.watch else [])]
     for folder in filter(os.path.isdir, searched):
         heatmaps = Path(options.heatmaps).resolve() if options.heatmaps else None

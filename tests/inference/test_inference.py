@@ -169,6 +169,10 @@ def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tm
         [".", "--heatmaps", "below"],
         ["a.png", "--json", "x"],
         ["a.png", "--csv", "x", "--jsonl", "./x"],
+        ["--fail-on-defect"],
+        ["--files-from", ""],
+        ["--watch", ""],
+        ["a.png", "--heatmaps", ""],
         ["--\x1b[31m"],
     ],
 )
@@ -253,6 +257,41 @@ def test_error_row_fails_again_until_the_image_is_repaired(line, pictures, parts
     assert ",error," not in after[-1]
 
 
+@pytest.mark.parametrize("fail", [[], ["--fail-on-defect"]])
+@pytest.mark.parametrize(
+    ("arguments", "input"),
+    [(["--files-from", "-"], b""), (["--files-from", "-"], b"\n \n")] + [(["-"], b"")],
+)
+def test_nothing_to_judge_is_not_ok(line, arguments, input, fail):
+    done = infer(line, *arguments, *fail, input=input)
+    assert done.returncode == 1 and done.stdout == b""
+    assert re.fullmatch(r"error: standard input (names|holds) no image.*\n", done.stderr.decode())
+
+
+def test_images_that_cannot_be_read_here_are_not_ok(line, pictures, parts):
+    first = next(pictures.rglob("*.jpeg"))
+    folder = pictures / "other"
+    folder.mkdir()
+    shutil.copy(first, folder / "a.jpeg")
+    with Image.open(first) as image:
+        image.save(folder / "anim.gif")
+        image.save(folder / "raw.tiff")
+    (folder / "raw.tiff").rename(folder / "raw.DNG")  # its thumbnail passes for a TIFF
+    (folder / "gone").symlink_to(folder / "share")
+    (folder / "notes.txt").touch()
+    for given in (folder, folder / "*"):
+        done = infer(line, given)
+        assert done.returncode == 1
+        lines = dict(out.split("  ", 1) for out in done.stdout.decode().splitlines())
+        assert {Path(path).name: said for path, said in lines.items() if "error" in said} == {
+            "anim.gif": "error  review  is none of JPEG, PNG, BMP, TIFF, WEBP",
+            "raw.DNG": "error  review  is none of JPEG, PNG, BMP, TIFF, WEBP",
+            "gone": "error  review  does not exist",
+        }
+        assert len(lines) == 4 and "not judged: 1 .txt\n" in done.stderr.decode()
+        assert infer(line, given, "--fail-on-defect").returncode == 3
+
+
 def test_second_run_on_the_same_file_is_refused_and_no_row_is_lost(line, pictures):
     file = pictures.with_name("rows.csv")
     words = command(line, pictures, "--csv", file)
@@ -307,6 +346,60 @@ def test_names_with_codes_reach_files_exactly_and_terminals_never(line, tmp_path
     paths = [os.path.join(os.fsencode(folder), name) for name in names]
     assert {os.fsencode(row["path"]) for row in rows(tmp_path / "json")} == set(paths)
     assert all(path in (tmp_path / "csv").read_bytes() for path in paths)
+
+
+def test_what_never_ends_is_an_error(line, tmp_path, parts):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.jpeg")
+    (folder / "zero.jpeg").symlink_to("/dev/zero")
+    (folder / "part.jpeg").write_bytes(parts[0])
+    for given in ([folder], [folder / "*"], sorted(folder.iterdir())):
+        done = infer(line, *given)
+        assert done.returncode == 1
+        lines = dict(out.split("  ", 1) for out in done.stdout.decode().splitlines())
+        assert len(lines) == 3
+        for name in ("fifo", "zero"):
+            assert lines[str(folder / f"{name}.jpeg")] == "error  review  is no regular file"
+
+
+# A thread that asks a share whose server is gone hears no signal; nor does one in this mutex.
+HANG = """
+import ctypes, os, runpy, sys
+scandir, libc, mutex = os.scandir, ctypes.CDLL(None), ctypes.create_string_buffer(256)
+libc.pthread_mutex_init(mutex, None)
+
+def hang(path):
+    if os.path.exists(f"{path}/hangs"):
+        libc.pthread_mutex_lock(mutex)
+        print("hangs", file=sys.stderr, flush=True)
+        libc.pthread_mutex_lock(mutex)
+    return scandir(path)
+
+os.scandir = hang
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("option", [[], ["--watch"]])
+def test_signal_ends_it_at_once_while_a_share_hangs(line, tmp_path, option, how):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    python, *words = command(line, *option, folder)
+    (folder / "hangs").touch()
+    log = tmp_path / "stderr"
+    with log.open("w") as errors:
+        process = subprocess.Popen([python, "-c", HANG, *words], stderr=errors)
+    try:
+        wait_for(lambda: ("does not answer" if option else "hangs") in log.read_text())
+        process.send_signal(how)
+        assert process.wait(5) == {signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_nothing_heavy_is_imported(line, pictures):
@@ -403,6 +496,21 @@ def test_a_thousand_pictures_at_once_and_kills_lose_none_and_judge_none_twice(
     assert sorted(watching.names()) == dropped
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_what_never_ends_neither_stops_a_watch_nor_outlives_a_signal(watching, parts, how):
+    os.mkfifo(watching.folder / "fifo.jpeg")
+    (watching.folder / "zero.jpeg").symlink_to("/dev/zero")
+    watching.start()
+    (watching.folder / "part.jpeg").write_bytes(parts[0])
+    wait_for(watching.names, seconds=5)
+    if how == signal.SIGTERM:  # else they still wait to be given up
+        wait_for(lambda: len(watching.names()) == 3)
+    watching.process.send_signal(how)
+    assert watching.process.wait(2) == {signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    errors = [row["reason"] for row in rows(watching.file) if row["verdict"] == "error"]
+    assert errors == ["is no regular file"] * (2 if how == signal.SIGTERM else 0)
+
+
 def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
     broken = watching.folder / "broken.jpeg"
     broken.write_bytes(parts[0][:100])
@@ -422,6 +530,27 @@ def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
     # An image that is overwritten after a restart gets another row.
     broken.write_bytes(parts[2])
     wait_for(lambda: watching.names() == ["broken.jpeg", "second.jpeg", "broken.jpeg"])
+
+
+def test_watched_folder_that_goes_away_is_named_and_its_images_are_judged_once(watching, parts):
+    watching.start()
+    away = watching.folder.with_name("away")
+    for number in range(3):
+        (watching.folder / f"{number}.jpeg").write_bytes(parts[number])
+    wait_for(lambda: len(watching.names()) == 3)
+    shutil.copytree(watching.folder, away)
+    shutil.rmtree(watching.folder)
+    wait_for(lambda: "is away (" in watching.said(), seconds=5)
+    watching.folder.mkdir()  # as the folder is where a share was mounted
+    time.sleep(0.5)
+    watching.folder.rmdir()
+    away.rename(watching.folder)
+    wait_for(lambda: watching.said().endswith("arriving is back\n"), seconds=5)
+    (watching.folder / "new.jpeg").write_bytes(parts[3])
+    wait_for(lambda: len(watching.names()) > 3)
+    time.sleep(0.5)
+    assert watching.names()[3:] == ["new.jpeg"]
+    assert len(watching.said().splitlines()) == 3  # watching, away, back
 
 
 @pytest.mark.parametrize("change", ["delete", "append", "truncate"])

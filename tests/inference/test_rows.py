@@ -232,6 +232,7 @@ with rows.Csv(Path(sys.argv[1]), resume=True) as file:
 """
 
 
+@pytest.mark.slow
 def test_kill_while_the_file_is_rewritten_loses_no_row(tmp_path):
     file = tmp_path / "rows"
     names = [f"{number:05}.png" for number in range(3000)]

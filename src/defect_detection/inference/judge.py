@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from defect_detection import PipelineError
 from defect_detection.inference.rows import Row
 from defect_detection.runtime.classifier import Classifier, Verdict
+from defect_detection.runtime.preprocessing import UnreadableImage, read_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,10 +32,10 @@ SOURCE = "source"  # the field of a heatmap that says which image it shows
 
 @dataclass(frozen=True)
 class Item:
-    """An image to judge: its name in the row, and its file or content."""
+    """An image to judge: its name in the row, and its file, its content, or why there is none."""
 
     path: str
-    source: Path | bytes
+    source: Path | bytes | UnreadableImage
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Heatmaps:
         Raises:
             PipelineError: it cannot be written.
         """
-        if verdict.evidence is None:
+        if verdict.evidence is None or isinstance(item.source, UnreadableImage):
             return
         from defect_detection.runtime import heatmap, preprocessing
 
@@ -133,9 +134,9 @@ def _source(heatmap: Path) -> str | None:
     from PIL import Image
 
     try:
-        with Image.open(heatmap) as opened:
+        with Image.open(io.BytesIO(read_file(heatmap))) as opened:
             return opened.info.get(SOURCE)
-    except OSError:
+    except (OSError, UnreadableImage):
         return None
 
 
@@ -168,7 +169,14 @@ class Judge:
             yield waiting.popleft().result()
 
     def _judge(self, model: NamedModel, chunk: list[Item]) -> list[Row]:
-        verdicts = model.classifier.classify_all([item.source for item in chunk])
+        readable = [i.source for i in chunk if not isinstance(i.source, UnreadableImage)]
+        judged = iter(model.classifier.classify_all(readable))
+        verdicts = [
+            Verdict("error", None, True, str(item.source))
+            if isinstance(item.source, UnreadableImage)
+            else next(judged)
+            for item in chunk
+        ]
         if self._heatmaps is not None:
             for item, verdict in zip(chunk, verdicts, strict=True):
                 self._heatmaps.write(item, verdict, model.classifier)

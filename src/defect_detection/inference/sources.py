@@ -6,61 +6,148 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from defect_detection import PipelineError
 from defect_detection.inference.judge import Item
-from defect_detection.runtime.preprocessing import SUFFIXES, files_below, is_image
+from defect_detection.runtime.preprocessing import (
+    FORMATS,
+    LARGEST_FILE,
+    SUFFIXES,
+    UnreadableImage,
+    files_below,
+)
 
 log = logging.getLogger(__name__)
 
+# Images that cannot be read here. Whoever names their folder asks about them too.
+OTHER_IMAGES = (
+    *(".heic", ".heif", ".avif", ".gif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
+    *(".raf", ".pgm", ".ppm", ".pnm", ".svg", ".psd", ".exr", ".ico"),
+)
+Failed = Callable[[str, OSError], object]
 
-def expand(given: list[str]) -> Iterator[str]:
+
+def expand(given: list[str]) -> Iterator[Item]:
     """Return the images that are named, lie in named folders, or match globs.
 
-    Paths are found one by one, so that a large folder takes no memory for them.
+    They are found one by one, so that a large folder takes no memory for them. What cannot be
+    searched or read is among them, with the reason.
 
     Raises:
-        PipelineError: a folder holds no images or a glob matches none; before the first path.
+        PipelineError: a folder holds no images or a glob matches none; before the first image.
     """
+    found = []
     for name in given:
-        if next(_of(name), None) is None:
+        items = _of(name)
+        first = next(items, None)
+        if first is None:
             what = "holds no" if os.path.isdir(name) else "matches no"
             raise PipelineError(f"{name} {what} {', '.join(SUFFIXES)} files")
-        if os.path.isdir(name):
-            _name_others(name)
-    return (path for name in given for path in _of(name))
+        found.append(itertools.chain([first], items))
+    return itertools.chain.from_iterable(found)
 
 
-def _of(name: str) -> Iterator[str]:
-    if os.path.isdir(name):
-        yield from walk(name)
-    elif glob.has_magic(name) and not os.path.lexists(name):
-        for path in sorted(glob.iglob(name, recursive=True)):
-            if os.path.isfile(path) and is_image(os.path.basename(path)):
+def _of(name: str) -> Iterator[Item]:
+    if not _is_search(name):
+        yield Item(name, Path(name))
+        return
+    failed: dict[str, Item] = {}  # a glob may come to a folder in several ways
+
+    def tell(path: str, error: OSError) -> None:
+        failed.setdefault(os.path.normpath(path), Item(path, reason(error)))
+
+    for path in _files(name, tell):
+        if names_image(path):
+            yield Item(path, unreadable(path) or Path(path))
+    yield from failed.values()
+
+
+def _is_search(name: str) -> bool:
+    return os.path.isdir(name) or (glob.has_magic(name) and not os.path.lexists(name))
+
+
+def _files(name: str, failed: Failed) -> Iterable[str]:
+    """Return the files in a folder, or those that match a glob or lie in folders that do."""
+    return files_below(name, failed) if os.path.isdir(name) else _matches(name, failed)
+
+
+def _matches(pattern: str, failed: Failed) -> Iterator[str]:
+    found: set[str] = set()  # ** matches folders and what is in them
+    for match in sorted(glob.iglob(pattern, recursive=True)):
+        try:
+            os.stat(match)
+        except OSError as error:
+            failed(match, error)
+            continue
+        for path in files_below(match, failed) if os.path.isdir(match) else [match]:
+            if path not in found:
+                found.add(path)
                 yield path
-    else:
-        yield name
+    _name_passed_over(pattern, failed)
 
 
-def walk(folder: str) -> Iterator[str]:
-    """Return the images in a folder and the folders below it, sorted, without hidden ones."""
-    return (path for path in files_below(folder) if is_image(os.path.basename(path)))
+def _name_passed_over(pattern: str, failed: Failed) -> None:
+    """Name the folders that a glob could not look into; `glob` passes over them."""
+    parent, child = os.path.split(pattern)
+    while glob.has_magic(parent):
+        for folder in glob.iglob(os.path.join(parent, ""), recursive=True):
+            try:
+                if glob.has_magic(child):
+                    os.scandir(folder).close()
+                else:
+                    os.stat(os.path.join(folder, child))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                failed(folder, error)
+        parent, child = os.path.split(parent)
 
 
-def _name_others(folder: str) -> None:
-    """Log how many files of a folder are no images, by kind."""
-    suffixes = (Path(path).suffix.lower() or "without suffix" for path in files_below(folder))
-    others = Counter(suffix for suffix in suffixes if suffix not in SUFFIXES)
+def reason(error: OSError) -> UnreadableImage:
+    """Return why an image cannot be read."""
+    gone = isinstance(error, FileNotFoundError)
+    return UnreadableImage("does not exist" if gone else f"cannot be read ({error.strerror})")
+
+
+def names_image(path: str) -> bool:
+    """Return whether a path is that of an image by its suffix, readable or not."""
+    return path.lower().endswith(SUFFIXES + OTHER_IMAGES)
+
+
+def unreadable(path: str) -> UnreadableImage | None:
+    """Return why an image cannot be read if its suffix says so.
+
+    Decoding would not do: a raw file passes for a TIFF that has nothing but its thumbnail.
+    """
+    other = path.lower().endswith(OTHER_IMAGES)
+    return UnreadableImage(f"is none of {', '.join(FORMATS)}") if other else None
+
+
+def walk(folder: str, failed: Failed) -> Iterator[str]:
+    """Return the images in a folder and the folders below it, sorted, without hidden ones.
+
+    Args:
+        folder: to search.
+        failed: as for `files_below`.
+    """
+    return filter(names_image, files_below(folder, failed))
+
+
+def _name_others(name: str) -> None:
+    """Log how many files of a folder or glob are no images, by kind."""
+    files = _files(name, lambda path, error: None) if _is_search(name) else ()
+    suffixes = (Path(path).suffix.lower() or "without suffix" for path in files)
+    others = Counter(suffix for suffix in suffixes if not names_image(suffix))
     if others:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        log.warning("%s: not judged: %s", folder, counted)
+        log.warning("%s: not judged: %s", name, counted)
 
 
 def listed(lines: Iterable[str]) -> Iterator[str]:
-    """Return the paths in a list, one in each line; empty lines are skipped."""
-    return (path for line in lines if (path := line.rstrip("\r\n")))
+    """Return the paths in a list, one in each line; blank lines are skipped."""
+    return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 def items(named: list[str], files_from: str | None) -> Iterator[Item]:
@@ -71,20 +158,46 @@ def items(named: list[str], files_from: str | None) -> Iterator[Item]:
         files_from: a file with one path in each line, - for standard input, or None.
 
     Raises:
-        PipelineError: a folder holds no images or a glob matches none.
+        PipelineError: a folder, a list or standard input holds no images, or a glob matches none.
         OSError: the list cannot be read.
     """
-    paths = expand([name for name in named if name != "-"])
-    if files_from == "-":
-        # Names of files need not be UTF-8.
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        lines: Iterable[str] = sys.stdin
-        paths = itertools.chain(paths, listed(lines))
-    elif files_from:
-        # Closed when the process ends.
-        lines = open(files_from, encoding="utf-8", errors="surrogateescape")
-        paths = itertools.chain(paths, listed(lines))
-    found = (Item(path, Path(path)) for path in paths)
+    others = [name for name in named if name != "-"]
+    found = expand(others)
+    for name in others:
+        _name_others(name)
+    if files_from is not None:
+        found = itertools.chain(found, _of_list(files_from))
     if "-" in named:
-        return itertools.chain(found, [Item("-", sys.stdin.buffer.read())])
+        found = itertools.chain(found, [Item("-", _standard_input())])
     return found
+
+
+def _of_list(files_from: str) -> Iterator[Item]:
+    paths = listed(_lines(files_from))
+    first = next(paths, None)
+    if first is None:
+        where = "standard input" if files_from == "-" else files_from
+        raise PipelineError(f"{where} names no images: it has only blank lines, or none")
+    return (Item(path, Path(path)) for path in itertools.chain([first], paths))
+
+
+def _lines(file: str) -> Iterator[str]:
+    if file != "-":
+        # Names of files need not be UTF-8.
+        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            yield from lines
+    elif sys.stdin is not None:
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        yield from sys.stdin
+
+
+def _standard_input() -> bytes | UnreadableImage:
+    content = bytearray()
+    if sys.stdin is not None:
+        while len(content) <= LARGEST_FILE and (read := sys.stdin.buffer.read(2**20)):
+            content += read
+    if not content:
+        raise PipelineError("standard input holds no image (0 bytes)")
+    if len(content) > LARGEST_FILE:
+        return UnreadableImage(f"is larger than {LARGEST_FILE / 2**30:.0f} GiB")
+    return bytes(content)
