@@ -27,7 +27,7 @@ from defect_detection.pipeline.register import Rules  # noqa: E402
 from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
 from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
-from defect_detection.service.jobs import Reporter  # noqa: E402
+from defect_detection.service.reporter import Reporter  # noqa: E402
 from defect_detection.settings import (  # noqa: E402
     Config,
     FitParameters,
@@ -73,6 +73,7 @@ def main() -> None:
     names = own.mlflow.of(config.product)
     folder = DataFolder.choose(options, env, config, own.paths.data_path)
     device, reporter = settings.device(env), Reporter(env)
+    reporter.outlive_full_disk()
     promote = cli.command("src/promote.py", options, ["config"])
     rules = Rules(names, config.decisions, promotion.actor(env), promote)
     evaluation = EvaluationPlan(rules, prefix="test_")
@@ -102,7 +103,9 @@ def main() -> None:
             version = evaluate_and_register(trained, classifier, split, evaluation)
     for image in examples:
         print(f"{image}  {classifier.classify(image)}")
-    reporter.result(version.name, version.number, version.acc)
+    done = (version.name, version.number, version.acc)
+    reporter.prepare(*done)
+    reporter.result(*done)
 
 
 def choose_version(names: MLflowNames) -> Version | None:

@@ -6,7 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from defect_detection import PipelineError
 
@@ -72,3 +73,23 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGTERM and SIGINT back during the block; the first that came acts right after it.
+
+    For two steps of which the second must follow the first, such as moving an alias and saying so.
+    Only the main thread can call it, as only that handles signals.
+    """
+    came: list[int] = []
+    former = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for sign in former:
+            signal.signal(sign, lambda number, _: came.append(number))
+        yield
+    finally:
+        for sign, handler in former.items():
+            signal.signal(sign, handler)
+        if came:
+            signal.raise_signal(came[0])

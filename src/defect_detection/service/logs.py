@@ -1,0 +1,59 @@
+"""What the API logs, where to, and what it repeats of a call."""
+
+import logging
+import os
+import sys
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+LONGEST_LINE = 1000  # characters
+FILE_BYTES, OLD_FILES = 5_000_000, 2
+
+
+def set_up(file: Path | None) -> None:
+    """Log to a file that is changed at a size, None for standard error.
+
+    With a file, everything else that this process prints goes there too.
+    """
+    handler = _Rotating(file) if file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # Else a line for each call that waits, or whose caller hangs up.
+    logging.getLogger("waitress").setLevel(logging.WARNING)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+
+
+def printable(text: str, most: int) -> str:
+    """Return a text that others wrote as one line of at most `most` printable characters."""
+    shown = "".join(one if one.isprintable() else _escaped(one) for one in text[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class _OneLine(logging.Formatter):
+    """One line for each message, whatever is in it; the lines of a traceback are indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message, LONGEST_LINE)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:  # noqa: N802
+        lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]
+        return "\n".join(f"    {printable(line, LONGEST_LINE)}" for line in lines)
+
+
+class _Rotating(RotatingFileHandler):
+    """A file that is followed by standard output and error, to which uncaught errors go."""
+
+    def __init__(self, file: Path):
+        super().__init__(file, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+        return stream
