@@ -1,7 +1,7 @@
 """The API: start, watch and cancel retrainings; see whether everything works.
 
     POST   /retrain            start one; JSON with epochs, batch_size, learning_rate if wanted
-    GET    /retrain            all jobs, newest first
+    GET    /retrain            the newest jobs; ?limit=50&before=<id> for others
     GET    /retrain/<id>       state, progress, result
     GET    /retrain/<id>/log   its output
     DELETE /retrain/<id>       cancel it
@@ -12,64 +12,57 @@ they are accepted from this machine only.
 """
 
 import argparse
-import logging
 import os
+import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import waitress  # noqa: E402
-
 from defect_detection import PipelineError, cli, settings  # noqa: E402
-from defect_detection.service.app import LARGEST_BODY, create_app  # noqa: E402
+from defect_detection.service import health, locks, logs, server  # noqa: E402
+from defect_detection.service.app import create_app  # noqa: E402
 from defect_detection.service.jobs import Jobs  # noqa: E402
 from defect_detection.settings import RetrainConfig  # noqa: E402
 
-log = logging.getLogger("api")
+FIRST_LOOK = 2.5  # seconds, for which serving waits to know the store
 
 
 def main() -> None:
     """Read options and settings, then serve until stopped."""
     env = settings.environment()
     options = arguments(env)
+    logs.set_up(options.log)
+    if options.pid_file:
+        hold(options.pid_file)
     configured = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
     names = configured.mlflow.of(settings.read_config().product)
     command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
     folder = settings.from_root(options.jobs)
     jobs = Jobs(folder, command, ROOT, options.time_limit, os.environ)
-    store, token = settings.tracking_uri(env), env.get("API_TOKEN")
-    app = create_app(jobs, store, names.production_model_name, token)
-    log.info("Serving on http://%s:%d", options.host, options.port)
-    try:
-        waitress.serve(
-            app,
-            host=options.host,
-            port=options.port,
-            threads=16,  # a call with ?wait=true holds one while its job runs
-            max_request_body_size=64 * LARGEST_BODY,  # larger bodies are not even read
-            ident="defect-detection",
-        )
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PipelineError(
-            f"{options.host}:{options.port} cannot be served ({reason}). Choose another port "
-            f"with --port or API_PORT"
-        ) from error
+    os.environ.update(health.MLFLOW_LIMITS)  # of this process only: the jobs have their copy
+    store = health.StoreWatch(settings.tracking_uri(env), names.production_model_name)
+    store.begin(FIRST_LOOK)
+    app = create_app(jobs, store, env.get("API_TOKEN"))
+    server.create(app, options.host, options.port).run()
 
 
 def arguments(env: Mapping[str, str]) -> argparse.Namespace:
     """Read the options, whose defaults are variables of the environment.
 
     Raises:
-        PipelineError: the port is out of range.
+        PipelineError: the port or the time limit is no number or out of range.
     """
     parser = cli.parser(__doc__, "API_TOKEN=secret python api.py --port 8080", data=False)
     parser.add_argument("--host", default=env.get("API_HOST", "0.0.0.0"), help="or API_HOST")
     parser.add_argument(
-        "--port", type=int, default=env.get("API_PORT", settings.API_PORT), help="or API_PORT"
+        "--port",
+        type=port,
+        default=env.get("API_PORT", str(settings.API_PORT)),
+        help="or API_PORT",
     )
     parser.add_argument(
         "--jobs",
@@ -79,15 +72,69 @@ def arguments(env: Mapping[str, str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
-        default=env.get("RETRAIN_TIME_LIMIT", 3600),
+        type=seconds,
+        default=env.get("RETRAIN_TIME_LIMIT", "3600"),
         metavar="SECONDS",
         help="after which a retraining is ended; or RETRAIN_TIME_LIMIT",
     )
-    options = parser.parse_args()
-    if not 0 < options.port < 65536:
-        raise PipelineError(f"The port is {options.port}, expected 1 to 65535")
-    return options
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="for all output, in files of 5 MB of which the newest three are kept",
+    )
+    parser.add_argument(
+        "--pid-file",
+        type=Path,
+        metavar="FILE",
+        help="for the process id; it is locked as long as the API runs",
+    )
+    return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """Read a port; an exception that argparse does not know passes it by.
+
+    Raises:
+        PipelineError: it is no number, or out of range.
+    """
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise PipelineError(f"The port (--port or API_PORT) is {text!r}, expected 1 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read the time limit.
+
+    Raises:
+        PipelineError: it is no number, or not more than 0.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise PipelineError(
+            f"The time limit (--time-limit or RETRAIN_TIME_LIMIT) is {text!r}, expected seconds, "
+            f"more than 0"
+        )
+    return number
+
+
+def hold(pid_file: Path) -> None:
+    """Lock a file until this process ends, and write the process id into it.
+
+    Raises:
+        PipelineError: another API holds it.
+    """
+    descriptor = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + 1
+    while not locks.take(descriptor):  # start_api.sh looks at the lock in passing
+        if time.monotonic() > deadline:
+            raise PipelineError(f"The API is running already, as {pid_file} shows")
+        time.sleep(0.02)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,60 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-python=.venv/bin/python
-[ -x "$python" ] || python=$(command -v python3 || command -v python) || {
-    echo "error: no Python found. Run 'make setup' first" >&2
-    exit 1
-}
+if [ -x .venv/bin/python ]; then
+    # Its real path: a .venv that is a link may be replaced while the API and its jobs run.
+    python=$(cd .venv/bin && pwd -P)/python
+else
+    python=$(command -v python3 || command -v python) || {
+        echo "error: no Python found. Run 'make setup' first" >&2
+        exit 1
+    }
+fi
 
 # Ask api.py's own settings, so that .env counts here too.
-read -r port state < <("$python" -c '
+settings=$("$python" -c '
 import sys; sys.path.insert(0, "src")
-from defect_detection import settings
-env = settings.environment()
-print(env.get("API_PORT", settings.API_PORT), env.get("JOBS_PATH", settings.JOBS_PATH))')
+from defect_detection import cli, settings
+def main():
+    env = settings.environment()
+    print(env.get("API_PORT", settings.API_PORT))
+    print(env.get("JOBS_PATH", settings.JOBS_PATH))
+cli.run(main)')
+{ IFS= read -r port; IFS= read -r state; } <<<"$settings"
+case $port in
+*[!0-9]*)
+    echo "error: API_PORT is '$port', expected a number from 1 to 65535" >&2
+    exit 1
+    ;;
+esac
 pid_file=$state/api.pid
 mkdir -p "$state"
 
-# The process id of the running API, empty if none runs. A PID file alone proves nothing: after
-# a crash its number may belong to another program.
+# The process id of the running API, empty if none runs. api.py locks its PID file as long as it
+# lives; a number in the file alone proves nothing, as it may belong to another program by now. An
+# API from before it did so has to say itself that it is this process.
 running() {
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) || return 0
+    if locked; then
+        echo "$pid"
+        return
+    fi
     case $(ps -p "$pid" -o command= 2>/dev/null) in
-    *" api.py") echo "$pid" ;;
+    *" api.py") if healthy "$pid"; then echo "$pid"; fi ;;
     esac
+}
+
+locked() {
+    "$python" - "$pid_file" <<'PY'
+import fcntl, sys
+with open(sys.argv[1]) as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(0)
+sys.exit(1)
+PY
 }
 
 healthy() {
@@ -50,10 +81,10 @@ start)
     fi
     # At the end of a job the GitHub runner ends every process whose environment holds the job's
     # RUNNER_TRACKING_ID; without it the API lives on.
-    RUNNER_TRACKING_ID='' nohup "$python" api.py >>api.log 2>&1 </dev/null &
+    RUNNER_TRACKING_ID='' nohup "$python" api.py --log "$PWD/api.log" --pid-file "$pid_file" \
+        >>api.log 2>&1 </dev/null &
     pid=$!
     disown "$pid"
-    echo "$pid" >"$pid_file"
     for _ in $(seq 120); do
         if healthy "$pid"; then
             echo "The API is running (process $pid, port $port, output in api.log)"
@@ -63,7 +94,6 @@ start)
         sleep 0.5
     done
     kill "$pid" 2>/dev/null || true
-    rm -f "$pid_file"
     echo "error: the API did not start. The end of api.log:" >&2
     tail -n 20 api.log >&2
     exit 1
@@ -79,8 +109,7 @@ stop)
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.1
     done
-    kill -9 "$pid" 2>/dev/null || true
-    rm -f "$pid_file"
+    [ "$(running)" != "$pid" ] || kill -9 "$pid" 2>/dev/null || true
     echo "The API is stopped. A running retraining continues"
     ;;
 status)

@@ -31,7 +31,7 @@ from defect_detection.pipeline.register import Rules  # noqa: E402
 from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
 from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
-from defect_detection.service.jobs import Reporter  # noqa: E402
+from defect_detection.service.reporter import Reporter  # noqa: E402
 from defect_detection.settings import (  # noqa: E402
     Config,
     FitParameters,
@@ -77,9 +77,10 @@ def main() -> None:
     names = own.mlflow.of(config.product)
     folder = DataFolder.choose(options, env, config, own.paths.data_path)
     device, reporter = settings.device(env), Reporter(env)
+    reporter.outlive_full_disk()
     promote = cli.command("src/promote.py", options, ["config"])
     rules = Rules(names, config.decisions, promotion.actor(env), promote)
-    evaluation = EvaluationPlan(rules, prefix="test_")
+    evaluation = EvaluationPlan(rules, prefix="test_", outcome=reporter)
 
     cache = settings.from_root(config.paths.cache)
     with store.connected(settings.tracking_uri(env), create=True):
@@ -103,10 +104,9 @@ def main() -> None:
             trained = fit_and_record(start, split, planned, reporter)
             fitted.append(trained)
             classifier = saved_model.load_classifier(trained.model_uri)
-            version = evaluate_and_register(trained, classifier, split, evaluation)
+            evaluate_and_register(trained, classifier, split, evaluation)
     for image in examples:
         print(f"{image}  {classifier.classify(image)}")
-    reporter.result(version.name, version.number, version.acc)
 
 
 def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Reporter) -> Trained:

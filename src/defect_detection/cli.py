@@ -22,12 +22,18 @@ CONTROL = re.compile(
 )
 
 
-def printable(text: str) -> str:
-    r"""Return a text in one line for a terminal: names of files may hold codes that it obeys.
+def printable(text: str, most: int | None = None) -> str:
+    r"""Return a text in one line for a terminal or a log: others may have written codes into it.
 
     They are shown as in Python, for instance \x1b.
+
+    Args:
+        text: a name of a file, for instance.
+        most: characters that are kept; None for all.
     """
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    some = text if most is None else text[: most + 1]
+    shown = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), some)
+    return shown if most is None or len(shown) <= most else shown[: most - 3] + "..."
 
 
 class _Formatter(logging.Formatter):
@@ -92,18 +98,20 @@ def command(script: str, options: argparse.Namespace, names: Sequence[str] = DAT
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put SIGTERM and SIGINT off until the block has ended."""
+    """Hold SIGTERM and SIGINT back during the block; the first that came acts right after it.
+
+    For two steps of which the second must follow the first, such as moving an alias and saying so.
+    Only the main thread can call it, as only that handles signals.
+    """
     came: list[int] = []
-    # Not by a mask: other threads of the process would take the signals.
-    before = {
-        one: signal.signal(one, lambda number, _: came.append(number))
-        for one in (signal.SIGTERM, signal.SIGINT)
-    }
+    former = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for sign in former:
+            signal.signal(sign, lambda number, _: came.append(number))
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for sign, handler in former.items():
+            signal.signal(sign, handler)
         if came:
             signal.raise_signal(came[0])
 

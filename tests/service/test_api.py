@@ -1,17 +1,24 @@
 """The API: in process for what it refuses, as a real server for what it does."""
 
+import errno
+import json
 import os
 import signal
 import sys
+import tempfile
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from conftest import ROOT, Server, free_port, wait_for
 from defect_detection.registry import store as stores
 from defect_detection.registry import versions
 from defect_detection.service.app import create_app
+from defect_detection.service.health import StoreWatch
 from defect_detection.service.jobs import Jobs
 
 LOCAL = {"REMOTE_ADDR": "127.0.0.1"}
@@ -19,7 +26,7 @@ CHILD = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-from defect_detection.service.jobs import Reporter
+from defect_detection.service.reporter import Reporter
 reporter = Reporter(dict(os.environ))
 reporter.progress(0, 4, "run-1")
 print("started with", *sys.argv[1:], flush=True)
@@ -32,11 +39,11 @@ reporter.result("Testing_Reg", 2, 0.55)
 """
 
 
-def make(tmp_path: Path, token: str | None = None):
+def make(tmp_path: Path, token: str | None = None, store: StoreWatch | None = None):
     """Make a client of an application whose jobs end at once."""
     jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
-    app = create_app(jobs, f"sqlite:///{tmp_path}/mlflow.db", "Production_Reg", token)
-    return app.test_client()
+    store = store or StoreWatch(f"sqlite:///{tmp_path}/mlflow.db", "Production_Reg")
+    return create_app(jobs, store, token).test_client()
 
 
 @pytest.mark.parametrize(
@@ -64,13 +71,17 @@ def test_wrong_body_is_400_with_what_is_expected(tmp_path, body, message):
 
 
 def test_health_names_the_version_in_production_also_without_an_accuracy(tmp_path, monkeypatch):
-    client = make(tmp_path)
     with stores.connected(f"sqlite:///{tmp_path}/mlflow.db", create=True):
         stores.open_experiment("any")
+    store = StoreWatch(f"sqlite:///{tmp_path}/mlflow.db", "Production_Reg")
+    client = make(tmp_path, store=store)
+    store.look()
+    assert client.get("/health").json["store"] == "reachable"
     assert client.get("/health").json["production"] is None
     for acc, expected in ((0.9, 0.9), (float("nan"), None)):
         version = versions.Version("Production_Reg", 3, acc)
         monkeypatch.setattr(versions, "in_production", lambda *_, found=version: found)
+        store.look()
         assert client.get("/health").json["production"] == {
             "registry": "Production_Reg",
             "version": 3,
@@ -109,6 +120,27 @@ def test_pages_of_other_sites_cannot_change_anything_through_a_local_browser(tmp
     assert answer.status_code == 403
 
 
+@pytest.mark.parametrize("header", ["Host", "Origin"])
+@pytest.mark.parametrize(
+    "value", ["[", "http://[", "http://[::1", "//[x]:1", "[]:5001", "\xff", ""]
+)
+def test_malformed_host_or_origin_is_refused(tmp_path, header, value):
+    answer = make(tmp_path).post("/retrain", headers={header: value}, environ_base=LOCAL)
+    assert answer.status_code == (202 if (header, value) == ("Origin", "") else 403)
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-FORWARDED-BY", "forwarded", "via"])
+def test_forwarded_call_needs_the_token(tmp_path, header):
+    headers = {header: "for=127.0.0.1"}
+    answer = make(tmp_path).post("/retrain", headers=headers, environ_base=LOCAL)
+    assert answer.status_code == 403
+    assert "came through a proxy" in answer.json["message"]
+    headers["Authorization"] = "Bearer secret"
+    answer = make(tmp_path, "secret").post("/retrain", headers=headers, environ_base=LOCAL)
+    assert answer.status_code == 202
+    assert answer.json["started_by"].startswith("127.0.0.1, by token")
+
+
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer ", "secret", "Basic secret", "é"])
 def test_with_a_token_changes_need_it_from_everywhere(tmp_path, given):
     headers = {} if given is None else {"Authorization": given}
@@ -144,7 +176,7 @@ def test_errors_are_json_with_status_and_message(tmp_path, method, path, status)
 
 def test_failure_inside_tells_nothing_of_the_inside(tmp_path, monkeypatch):
     client = make(tmp_path)
-    monkeypatch.setattr(Jobs, "all", lambda self: 1 / 0)
+    monkeypatch.setattr(Jobs, "all", lambda *_: 1 / 0)
     answer = client.get("/retrain", environ_base=LOCAL)
     assert answer.status_code == 500
     assert set(answer.json) == {"status", "message"}
@@ -152,11 +184,128 @@ def test_failure_inside_tells_nothing_of_the_inside(tmp_path, monkeypatch):
 
 
 def test_health_tells_of_a_store_that_cannot_be_reached(tmp_path):
-    jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
-    app = create_app(jobs, f"http://127.0.0.1:{free_port()}", "Production_Reg", None)
-    answer = app.test_client().get("/health")
+    store = StoreWatch(f"http://127.0.0.1:{free_port()}", "Production_Reg")
+    store.look()
+    answer = make(tmp_path, store=store).get("/health")
     assert answer.json["store"] == "unreachable"
     assert answer.json["production"] is None
+
+
+def past_jobs(tmp_path: Path, count: int) -> list[str]:
+    """Write jobs that have failed; return their ids, newest first."""
+    ids = [f"20250101-000000-{number:06}-abcd" for number in range(count)]
+    for job_id in ids:
+        (tmp_path / "jobs" / job_id).mkdir(parents=True)
+        asked = {"created_at": "2025-01-01T00:00:00.000+00:00", "parameters": {}}
+        (tmp_path / "jobs" / job_id / "job.json").write_text(json.dumps(asked))
+    return ids[::-1]
+
+
+def test_jobs_come_in_pages_that_lead_to_the_next(tmp_path):
+    ids, found, path = past_jobs(tmp_path, 120), [], "/retrain"
+    client = make(tmp_path)
+    for size in (50, 50, 20):
+        answer = client.get(path)
+        assert len(answer.json) == size
+        found += [job["id"] for job in answer.json]
+        link = answer.headers.get("Link", "")
+        path = link.removeprefix("<").removesuffix('>; rel="next"')
+    assert (found, link) == (ids, "")
+    answer = client.get("/retrain?limit=2")
+    assert [job["id"] for job in answer.json] == ids[:2]
+    assert answer.headers["Link"] == f'</retrain?limit=2&before={ids[1]}>; rel="next"'
+    assert len(client.get("/retrain?limit=120").json) == 120
+    assert "Link" not in client.get("/retrain?limit=120").headers
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("limit=0", "limit is 0, expected a whole number from 1 to 500"),
+        ("limit=501", "limit is 501, expected a whole number from 1 to 500"),
+        ("limit=-1", "limit is -1, expected"),
+        ("limit=", "limit is , expected"),
+        ("limit=\u0663", "limit is \u0663, expected"),
+        ("limit=" + "9" * 5000, "limit is " + "9" * 57 + "..., expected"),
+        ("before=..", "before is .., expected the id of a job"),
+        ("before=%00", "before is \\x00, expected the id of a job"),
+    ],
+    ids=range(8),
+)
+def test_wrong_page_is_400_with_what_is_expected(tmp_path, query, message):
+    answer = make(tmp_path).get(f"/retrain?{query}")
+    assert answer.status_code == answer.json["status"] == 400
+    assert message in answer.json["message"]
+
+
+def test_of_a_long_log_the_end_is_shown_and_said_how_much_is_left_out(tmp_path):
+    (job_id,) = past_jobs(tmp_path, 1)
+    client, log = make(tmp_path), tmp_path / "jobs" / job_id / "log"
+    log.write_bytes(b"a" * 1024 * 1024)
+    assert client.get(f"/retrain/{job_id}/log").data == log.read_bytes()
+    with log.open("wb") as file:
+        file.truncate(3_000_000_000)  # takes no room on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"the end\n")
+    shown = client.get(f"/retrain/{job_id}/log").data
+    first, _, rest = shown.partition(b"\n")
+    left_out = 3_000_000_008 - 1024 * 1024
+    assert first == b"(%d bytes before this are left out)" % left_out
+    assert len(rest) == 1024 * 1024 and rest.endswith(b"the end\n")
+
+
+@pytest.mark.parametrize(
+    "job_id",
+    ["a" * 300, "a" * 200_000, "%00", "%0aforged", "%ff", "..", "%2e%2e", "\u202e" * 70],
+    ids=range(8),
+)
+def test_unknown_id_is_404_and_repeated_in_part(tmp_path, job_id):
+    client = make(tmp_path)
+    for call in (client.get, client.delete):
+        answer = call(f"/retrain/{job_id}", environ_base=LOCAL)
+        assert answer.status_code == answer.json["status"] == 404
+        message = answer.json["message"]
+        assert message.isprintable() and len(message) <= 60 + 45
+
+
+def test_job_that_cannot_be_kept_is_503_with_the_reason(tmp_path, monkeypatch):
+    client = make(tmp_path)
+
+    def mkstemp(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    answer = client.post("/retrain", environ_base=LOCAL)
+    assert answer.status_code == 503
+    expected = "No retraining could be started: No space left on device"
+    assert answer.json["message"] == expected
+
+
+CHARACTERS = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=80)
+
+
+@given(
+    method=st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD"]),
+    path=st.binary(max_size=60),
+    query=CHARACTERS,
+    headers=st.dictionaries(
+        st.sampled_from(["Host", "Origin", "Authorization", "User-Agent", "Content-Type", "Via"]),
+        CHARACTERS | st.sampled_from(["http://[", "[", "localhost:x", "http://[::1]:5001"]),
+    ),
+    body=st.binary(max_size=60) | st.sampled_from([b"[" * 9000, b'{"epochs": %s}' % (b"9" * 9000)]),
+)
+@example("GET", b"%00", "", {}, b"")
+@example("POST", b"", "", {"Host": "localhost"}, b'{"epochs": %s}' % (b"9" * 9000))
+def test_no_call_is_an_error_of_the_server(tmp_path_factory, method, path, query, headers, body):
+    answer = make(tmp_path_factory.mktemp("api")).open(
+        "/retrain" + urllib.parse.quote(b"/" + path if path else b"", safe="/%"),
+        method=method,
+        query_string=urllib.parse.quote(query, safe="=&%"),
+        headers=headers,
+        data=body,
+        environ_base=LOCAL,
+    )
+    assert answer.status_code < 500
 
 
 class Waiting(Server):

@@ -29,7 +29,7 @@ def start_api(project: Project, tmp_path):
             timeout=100,
         )
 
-    run.root = project.root
+    run.root, run.env = project.root, env
     yield run
     run("stop")
 
@@ -70,6 +70,105 @@ def test_pid_file_of_another_program_is_not_believed(start_api):
     assert "not running" in start_api("stop").stdout
     assert start_api().returncode == 0
     assert pid(start_api.root) != os.getpid()
+
+
+@pytest.fixture
+def namesake(tmp_path):
+    """The process of another `python3 api.py`."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "api.py").write_text("import time\ntime.sleep(600)")
+    process = subprocess.Popen(["python3", "api.py"], cwd=tmp_path / "other")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_another_api_behind_a_stale_number_is_never_ended(start_api, namesake):
+    assert start_api().returncode == 0
+    os.kill(pid(start_api.root), signal.SIGKILL)
+    wait_for(lambda: start_api("status").returncode == 1)
+    (start_api.root / ".jobs" / "api.pid").write_text(str(namesake.pid))
+    assert start_api("status").returncode == 1
+    assert "not running" in start_api("stop").stdout
+    assert start_api().returncode == 0
+    assert pid(start_api.root) != namesake.pid
+    assert "is stopped" in start_api("stop").stdout
+    assert namesake.poll() is None
+
+
+def test_api_of_a_former_version_which_locked_nothing_is_stopped(start_api):
+    env = start_api.env
+    api = subprocess.Popen(
+        [start_api.root / ".venv" / "bin" / "python", "api.py"],
+        cwd=start_api.root,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        (start_api.root / ".jobs").mkdir(exist_ok=True)
+        (start_api.root / ".jobs" / "api.pid").write_text(str(api.pid))
+        wait_for(lambda: start_api("status").returncode == 0)
+        stopped = subprocess.Popen([start_api.root / "start_api.sh", "stop"], env=env)
+        assert api.wait(60) is not None
+        assert stopped.wait(60) == 0
+    finally:
+        api.kill()
+        api.wait()
+
+
+def test_second_api_with_the_same_pid_file_is_refused_in_one_line(start_api):
+    assert start_api().returncode == 0
+    first = pid(start_api.root)
+    command = [sys.executable, "api.py", "--pid-file", ".jobs/api.pid", "--port", str(free_port())]
+    done = subprocess.run(
+        command, cwd=start_api.root, env=start_api.env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: The API is running already, as .jobs/api.pid shows\n"
+    assert pid(start_api.root) == first
+
+
+def test_api_that_breaks_down_before_it_logs_says_so_in_its_log(start_api):
+    (start_api.root / "api.py").write_text("raise ValueError('broken')")
+    done = start_api()
+    assert done.returncode == 1
+    assert "ValueError: broken" in done.stderr
+    assert "ValueError: broken" in (start_api.root / "api.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("API_PORT", "abc", "API_PORT"),
+        ("API_PORT", "50 01", "API_PORT"),
+        ("RETRAIN_TIME_LIMIT", "soon", "RETRAIN_TIME_LIMIT"),
+        ("RETRAIN_TIME_LIMIT", "nan", "RETRAIN_TIME_LIMIT"),
+    ],
+)
+def test_variable_that_is_no_number_is_one_line(start_api, name, value, shown):
+    done = subprocess.run(
+        [sys.executable, "api.py"],
+        cwd=start_api.root,
+        env=start_api.env | {name: value},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and shown in done.stderr and value in done.stderr
+    started = start_api(**{name: value})
+    assert started.returncode == 1
+    assert started.stderr.splitlines()[-1].startswith("error: ")
+    assert shown in started.stderr and value in started.stderr
+
+
+def test_api_runs_by_the_real_path_of_its_environment(start_api):
+    (start_api.root / "api.py").write_text("import sys; sys.exit(sys.executable)")
+    assert start_api().returncode == 1
+    started = (start_api.root / "api.log").read_text().splitlines()[-1]
+    assert started == str(Path(sys.prefix).resolve() / "bin" / "python")
 
 
 def test_api_that_was_killed_can_be_started_again(start_api):

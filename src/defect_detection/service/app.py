@@ -6,6 +6,7 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from defect_detection.service import access, health, retraining
+from defect_detection.service.health import StoreWatch
 from defect_detection.service.jobs import Jobs
 
 log = logging.getLogger("api")
@@ -13,13 +14,12 @@ log = logging.getLogger("api")
 LARGEST_BODY = 16 * 1024  # bytes
 
 
-def create_app(jobs: Jobs, store: str, registered_model: str, token: str | None) -> Flask:
+def create_app(jobs: Jobs, store: StoreWatch, token: str | None) -> Flask:
     """Return the application.
 
     Args:
         jobs: the retrainings.
-        store: URI of the tracking store.
-        registered_model: the one whose production version is shown.
+        store: what is known of the tracking store.
         token: that changing calls must bear; None if they must come from this machine.
     """
     app = Flask(__name__, static_folder=None)
@@ -27,7 +27,7 @@ def create_app(jobs: Jobs, store: str, registered_model: str, token: str | None)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # of Flask's default provider
     app.before_request(lambda: access.guard(token))
     app.register_blueprint(retraining.blueprint(jobs))
-    app.register_blueprint(health.blueprint(jobs, store, registered_model))
+    app.register_blueprint(health.blueprint(jobs, store))
 
     @app.errorhandler(HTTPException)
     def refuse(error: HTTPException) -> tuple[Response, int, dict[str, str]]:

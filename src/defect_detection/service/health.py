@@ -3,54 +3,118 @@
 import logging
 import math
 import os
+import threading
+import time
+from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
 from defect_detection import PipelineError
+from defect_detection.registry import promotion, versions
 from defect_detection.registry import store as stores
-from defect_detection.registry import versions
 from defect_detection.service.jobs import Jobs
 
 log = logging.getLogger(__name__)
 
 ANSWER_WITHIN = 2  # seconds, for the tracking server
+LOOK_EVERY = 5  # seconds
+GOOD_FOR = 20  # seconds; if there is no newer look then, the store holds it up
+# For the environment of the API alone: MLflow waits two minutes for an answer, and retries.
+MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
-def blueprint(jobs: Jobs, store: str, registered_model: str) -> Blueprint:
+@dataclass(frozen=True)
+class Look:
+    """What the store said.
+
+    Attributes:
+        reachable: whether it answers.
+        production: registry, version and acc; None if no version is in production.
+        at: when, in seconds of `time.monotonic`.
+    """
+
+    reachable: bool
+    production: dict[str, Any] | None
+    at: float
+
+
+class StoreWatch:
+    """Looks at the tracking store again and again, so that no call has to wait for it."""
+
+    def __init__(self, uri: str, registered_model: str):
+        """Have made no look yet.
+
+        Args:
+            uri: of the store.
+            registered_model: the one whose production version is shown.
+        """
+        self._uri, self._registered_model = uri, registered_model
+        self._last = Look(False, None, -math.inf)
+        self._troubled = False
+        self._checked = False  # whether the record of the alias was read
+
+    def begin(self, patience: float) -> None:
+        """Look from now on, in a thread; wait for the first look, `patience` seconds at most."""
+        seen = threading.Event()
+
+        def watch() -> None:
+            while True:
+                self.look()
+                seen.set()
+                time.sleep(LOOK_EVERY)
+
+        # A store that never answers holds up this thread alone, and a daemon no exit.
+        threading.Thread(target=watch, name="store", daemon=True).start()
+        seen.wait(patience)
+
+    def look(self) -> None:
+        """Ask the store, however long that takes."""
+        production, trouble = None, ""
+        try:
+            with stores.connected(self._uri, ANSWER_WITHIN):
+                found = versions.in_production(self._registered_model)
+                if not self._checked:
+                    promotion.check_record(self._registered_model)
+                    self._checked = True
+            if found is not None:
+                acc = None if math.isnan(found.acc) else found.acc  # JSON has no NaN
+                production = {"registry": found.name, "version": found.number, "acc": acc}
+        except PipelineError as error:
+            trouble = str(error)
+        except Exception as error:  # whatever it is, the next look must follow
+            told = stores.without_password(repr(error))
+            trouble = f"The store's answer cannot be understood: {told}"
+        if trouble and not self._troubled:  # not at every look
+            log.warning("%s", trouble)
+        self._troubled = bool(trouble)
+        self._last = Look(not trouble, production, time.monotonic())
+
+    def last(self) -> Look:
+        """Return the last look; one that is too old counts as unreachable."""
+        last = self._last
+        fresh = time.monotonic() - last.at < GOOD_FOR
+        return last if fresh else Look(False, None, last.at)
+
+
+def blueprint(jobs: Jobs, store: StoreWatch) -> Blueprint:
     """Return the call /health.
 
     Args:
         jobs: the retrainings.
-        store: URI of the tracking store.
-        registered_model: the one whose production version is shown.
+        store: what is known of the tracking store.
     """
     calls = Blueprint("health", __name__)
 
     @calls.get("/health")
     def health() -> Response:
-        running = jobs.running()
-        reachable, version = _production(store, registered_model)
+        running, last = jobs.running(), store.last()
         return jsonify(
             service="defect-detection",
             pid=os.getpid(),
-            store="reachable" if reachable else "unreachable",
-            production=version,
+            store="reachable" if last.reachable else "unreachable",
+            production=last.production,
             job=running.id if running else None,
         )
 
     return calls
-
-
-def _production(store: str, registered_model: str) -> tuple[bool, dict[str, Any] | None]:
-    """Return whether the store answers, and the version in production, None if there is none."""
-    try:
-        with stores.connected(store, ANSWER_WITHIN):
-            found = versions.in_production(registered_model)
-    except PipelineError as error:
-        log.warning("%s", error)
-        return False, None
-    if found is None:
-        return True, None
-    acc = None if math.isnan(found.acc) else found.acc  # JSON has no NaN
-    return True, {"registry": found.name, "version": found.number, "acc": acc}
