@@ -83,6 +83,7 @@ def main() -> None:
         version = choose_version(names)
         takes = choose_format(version, folder, own, config.model_parameters)
         split = splits.load(folder, takes)
+        example = split.training.content(0)
         start = choose_start(version, names, takes, split.training.few_defects)
         print(f"Starting from {start.source}\n{split.leakage}", flush=True)
         planned = plan(config, own, overrides, start, device)
@@ -97,7 +98,7 @@ def main() -> None:
                 fitted = fit.fit(planned, split.training, record.device, on_epoch, shown)
             record.fit(fitted)
             served = fit.to_served(fitted, split.training)
-            trained = record.model(fitted, served, split.training.file(0).read_bytes())
+            trained = record.model(fitted, served, example)
             classifier = saved_model.load_classifier(trained.model_uri)
             version = evaluate_and_register(trained, classifier, split, evaluation)
     for image in examples:
@@ -133,7 +134,8 @@ def choose_format(
                 f"replaces the other in production by itself"
             )
         return folder.image_format(configured, shared.color)
-    takes = saved_model.load_classifier(version.uri).takes
+    saved = saved_model.load_classifier(version.uri).takes
+    takes = replace(saved, most_pixels=folder.most_pixels)  # the configuration may allow more now
     if (takes.height, takes.width) != configured:
         print(
             f"{version.uri} takes images of {takes}; image_size {list(configured)} is for a new "

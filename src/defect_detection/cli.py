@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from defect_detection import PipelineError
+from defect_detection.names import printable
 
 DATA_OPTIONS = ("data", "config")
 
@@ -52,9 +53,19 @@ def command(script: str, options: argparse.Namespace, names: Sequence[str] = DAT
     return shlex.join(words)
 
 
+class _OneLine(logging.Formatter):
+    """Messages name files, whose names may hold control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its exit code, or with an error in one line and 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for noisy in ("mlflow", "alembic", "absl", "tensorflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # As an exception, so that everything open is closed: an MLflow run then ends as failed.
@@ -62,13 +73,13 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except PipelineError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,6 +19,7 @@ from defect_detection.runtime.decision import (
     OperatingPoint,
 )
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.opening import MOST_PIXELS
 from defect_detection.runtime.preprocessing import ImageFormat
 
 FLAVOUR = "litert"
@@ -55,6 +56,7 @@ class ServedModel:
             "channels": self.takes.channels,
             "fit": self.takes.fit,
             "bits": self.takes.bits,
+            "most_pixels": self.takes.most_pixels,
             "class_names": list(CLASSES),
             "positive_class": POSITIVE,
             "quantize": self.quantize,
@@ -80,6 +82,7 @@ class ServedModel:
                 *(height, width, entry.get("channels", 1)),
                 fit=entry.get("fit", "stretch"),
                 bits=entry.get("bits", 16),
+                most_pixels=entry.get("most_pixels", MOST_PIXELS),
             )
             # Versions registered before these were saved have none.
             point = OperatingPoint(**entry.get("operating_point", asdict(DEFAULT_OPERATING_POINT)))

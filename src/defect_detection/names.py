@@ -1,0 +1,19 @@
+"""Names of files, which may hold any bytes, as they can be shown in a line."""
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters, and bytes that are not UTF-8, as in a shell.
+
+    A name such as 'a\nb' would look like two lines, and others rewrite what a terminal shows.
+    """
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether the bytes of a name are UTF-8."""
+    return text.encode(errors="replace").decode() == text
+
+
+def _escaped(character: str) -> str:
+    # Python holds the byte ff of a name that is not UTF-8 as the character udcff.
+    return ascii(character)[1:-1].replace("\\udc", "\\x")
