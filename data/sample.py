@@ -19,7 +19,7 @@ COUNTS = {
     "test": {"def_front": 100, "ok_front": 80},
 }
 PREFIX = "synthetic_"
-IMAGES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
+IMAGES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".tiff", ".tif", ".webp")
 
 
 def main() -> None:

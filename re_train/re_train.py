@@ -125,7 +125,7 @@ def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Repor
     with progress.shown("Training", fit.costs([planned])) as shown:
         fitted = fit.fit(planned, training, record.device, on_epoch, shown)
     record.fit(fitted)
-    trained = record.model(fitted, fit.to_served(fitted, training), training.file(0).read_bytes())
+    trained = record.model(fitted, fit.to_served(fitted, training), training.content(0))
     if not trained.model_uri:
         raise StoreError("MLflow does not take the model, which is therefore not evaluated")
     return trained
@@ -159,7 +159,8 @@ def choose_format(
                 f"replaces the other in production by itself"
             )
         return folder.image_format(configured, shared.color)
-    takes = saved_model.load_classifier(version.uri).takes
+    saved = saved_model.load_classifier(version.uri).takes
+    takes = replace(saved, most_pixels=folder.most_pixels)  # the configuration may allow more now
     if (takes.height, takes.width) != configured:
         print(
             f"{version.uri} takes images of {takes}; image_size {list(configured)} is for a new "

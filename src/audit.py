@@ -59,7 +59,8 @@ def main() -> int:
         from defect_detection.evaluation import figures  # matplotlib takes 1 s
 
         with replace_atomically(options.sheet) as temporary:
-            figures.contact_sheet(folder.path, found).savefig(temporary, format="png")
+            sheet = figures.contact_sheet(folder.path, found, takes.most_pixels)
+            sheet.savefig(temporary, format="png")
     return int(options.strict and not found.clean)
 
 

@@ -121,8 +121,8 @@ def build(takes: ImageFormat, hyper: HyperParameters) -> "keras.Model":
 def fit_sets(plans: list[FitPlan], split: Split, experiment: str, kept: Training) -> None:
     """Fit each set to the same images and log it in a run of its own."""
     tags = {TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
-    example = split.training.file(0).read_bytes()
     data = split.training
+    example = data.content(0)
     with progress.shown("Training", fit.costs(plans)) as shown:
         for number, planned in enumerate(plans, start=1):
             print(f"\nSet {number} of {len(plans)}: {planned.name}", flush=True)

@@ -1,8 +1,11 @@
 """Whole writes."""
 
 import os
+import shutil
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from defect_detection import PipelineError, atomic
 from defect_detection.atomic import replace_atomically, require_writable
@@ -65,6 +68,43 @@ def test_mapping_comes_back_as_it_was_written(tmp_path):
     assert atomic.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
 
 
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+FILES = st.binary(min_size=1, max_size=60).filter(
+    lambda name: not {0, ord("/")} & {*name} and name not in (b".", b"..")
+)
+
+
+@hypothesis.given(st.dictionaries(NAMES, NAMES))
+def test_any_mapping_comes_back_as_it_was_written(tmp_path_factory, rows):
+    file = tmp_path_factory.getbasetemp() / "any.csv"
+    atomic.write_mapping(file, "path", "photo", rows)
+    assert atomic.read_mapping(file, "path", "photo") == rows
+
+
+@hypothesis.given(st.sets(FILES))
+def test_names_of_any_files_come_back_as_they_were_written(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("any")
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), name), "wb"):
+            pass
+    rows = {os.fsdecode(name): "1" for name in names}
+    atomic.write_mapping(folder / ".csv", "path", "photo", rows)
+    assert atomic.read_mapping(folder / ".csv", "path", "photo") == rows
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\r\nb", "\r", "a\nb", 'a"b', '"', "a,b", " a ", "=1"])
+def test_names_that_a_csv_file_must_quote_come_back(tmp_path, name):
+    rows = {f"ok/{name}": "1", name: "2"}
+    atomic.write_mapping(tmp_path / "a.csv", "path", "photo", rows)
+    assert atomic.read_mapping(tmp_path / "a.csv", "path", "photo") == rows
+
+
+def test_table_to_log_is_utf8_whatever_the_names():
+    text = atomic.csv_text([("path",), (os.fsdecode(b"part_\xff.png"),), ("a\rb",)])
+    assert text.encode() == b'path\npart_\\udcff.png\n"a\rb"\n'
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -73,7 +113,9 @@ def test_mapping_comes_back_as_it_was_written(tmp_path):
         ("path,photo\na,\n", "line 2: path or photo is empty"),
         ("path,photo\na\n", "line 2: path or photo is empty"),
         ("path,photo\na,1\na,2\n", "line 3: a has two values"),
-        ("path,photo\n\xff,1\n", "cannot be read"),
+        ("path,photo\na,1\n\xff,1\n", "line 3: .* is not UTF-8, and no file has this name. Save"),
+        ('path,photo\n"a,1\nb,1\n', "cannot be read"),  # a quote that does not end
+        ('path,photo\n"a"b,1\n', "cannot be read"),
     ],
 )
 def test_mapping_that_is_none_is_one_line(tmp_path, content, expected):

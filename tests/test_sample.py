@@ -10,6 +10,7 @@ from data import sample
 from PIL import Image
 
 from conftest import ROOT
+from defect_detection.runtime import preprocessing
 
 FEW = {"train": {"def_front": 3, "ok_front": 2}, "test": {"def_front": 2, "ok_front": 2}}
 
@@ -61,7 +62,7 @@ def test_pictures_of_ones_own_are_never_mixed_with_drawn_ones(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
 
 
-@pytest.mark.parametrize("own", ["good/a.png", "NG/b.JPG", "train/ok_front/c.tiff"])
+@pytest.mark.parametrize("own", ["good/a.png", "NG/b.JPG", "ok/c.jfif", "train/ok_front/c.tiff"])
 def test_nothing_is_drawn_beside_images_of_ones_own_in_any_layout(tmp_path, own):
     (tmp_path / own).parent.mkdir(parents=True)
     (tmp_path / own).write_bytes(b"an image")
@@ -76,3 +77,7 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_images_of_ones_own_are_those_that_the_pipeline_reads():
+    assert set(sample.IMAGES) == set(preprocessing.SUFFIXES)

@@ -101,12 +101,22 @@ def test_missing_section_is_named_with_its_keys(broken):
         ("decisions", "promotion", "best", "expected one of: highest_acc, significant"),
         ("decisions", "max_escape_rate", 1.0, "expected a number, at least 0, less than 1"),
         ("model_parameters", "color", "rgb", "expected one of: auto, grey"),
+        ("model_parameters", "max_megapixels", 0, "is 0, expected a number, more than 0"),
+        ("model_parameters", "max_megapixels", "9", 'megapixels is "9", expected a number'),
         ("decisions", "refuse_chance", "no", 'refuse_chance is "no", expected true or false'),
         ("paths", "data_path", 3, "data_path is 3, expected a text"),
     ],
 )
 def test_wrong_value_is_named_with_what_is_expected(broken, section, key, value, expected):
     assert expected in broken(lambda c: c[section].update({key: value}))
+
+
+def test_configuration_without_the_most_megapixels_allows_a_hundred(tmp_path):
+    content = yaml.safe_load(CONFIG_FILE.read_text())
+    del content["model_parameters"]["max_megapixels"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    read = settings.read_config(str(tmp_path / "config.yaml")).model_parameters
+    assert read.most_pixels == 100_000_000
 
 
 def test_wrong_value_inside_a_set_is_named_by_its_place(broken):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from defect_detection import PipelineError
+from defect_detection.names import is_utf8
 
 _FORMULA = tuple("=+-@\t\r\n'")  # how formulas begin, and what `defused` begins with
 
@@ -51,29 +52,46 @@ def require_writable(folder: Path) -> None:
 def read_mapping(path: Path, key: str, value: str) -> dict[str, str]:
     """Read a CSV file with the columns `key` and `value`; each key has one row.
 
+    A key that is not UTF-8 must be the name of a file, from the folder of the CSV file on.
+
     Raises:
-        PipelineError: a column is missing, a row lacks a value, or a key has two rows.
+        PipelineError: a column is missing, a row lacks a value, a key has two rows, or the file is
+            damaged or in another encoding.
     """
     found: dict[str, str] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
-            rows = csv.DictReader(file)
+        # Excel writes a byte order mark; names of files may hold any bytes.
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = csv.DictReader(file, strict=True)
             if not {key, value} <= set(rows.fieldnames or ()):
                 raise PipelineError(f"{path}: its first line must name the columns {key},{value}")
             for row in rows:
                 if not row[key] or not row[value]:
                     raise PipelineError(f"{path} line {rows.line_num}: {key} or {value} is empty")
+                if not is_utf8(row[key]) and not os.path.lexists(path.parent / row[key]):
+                    raise PipelineError(
+                        f"{path} line {rows.line_num}: {row[key]} is not UTF-8, and no file has "
+                        f"this name. Save {path.name} as UTF-8, or delete the line"
+                    )
                 if found.setdefault(row[key], row[value]) != row[value]:
                     raise PipelineError(f"{path} line {rows.line_num}: {row[key]} has two values")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise PipelineError(f"{path}: cannot be read ({error})") from error
     return found
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """Return rows, the header among them, as CSV."""
+    """Return rows, the header among them, as CSV; what is not UTF-8 in names is escaped."""
+    return _csv(rows).encode(errors="backslashreplace").decode()
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        # Python writes a carriage return without quotes, and reads it as the end of a line.
+        (quoted if any("\r" in str(cell) for cell in row) else plain).writerow(row)
     return text.getvalue()
 
 
@@ -93,4 +111,5 @@ def restored(text: str) -> str:
 def write_mapping(path: Path, key: str, value: str, mapping: Mapping[str, object]) -> None:
     """Write a CSV file that `read_mapping` reads."""
     with replace_atomically(path) as temporary:
-        temporary.write_bytes(csv_text([(key, value), *mapping.items()]).encode())
+        text = _csv([(key, value), *mapping.items()])
+        temporary.write_bytes(text.encode(errors="surrogateescape"))

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -13,27 +12,9 @@ from types import TracebackType
 from typing import NoReturn
 
 from defect_detection import PipelineError
+from defect_detection.names import printable
 
 DATA_OPTIONS = ("data", "config")
-# What a terminal obeys, or shows in another order than it is written: control characters, ends of
-# lines, marks of the direction of writing, and bytes that are not UTF-8.
-CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str, most: int | None = None) -> str:
-    r"""Return a text in one line for a terminal or a log: others may have written codes into it.
-
-    They are shown as in Python, for instance \x1b.
-
-    Args:
-        text: a name of a file, for instance.
-        most: characters that are kept; None for all.
-    """
-    some = text if most is None else text[: most + 1]
-    shown = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), some)
-    return shown if most is None or len(shown) <= most else shown[: most - 3] + "..."
 
 
 class _Formatter(logging.Formatter):
@@ -121,6 +102,7 @@ def run(main: Callable[[], int | None]) -> None:
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[shown])
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for noisy in ("mlflow", "alembic", "absl", "tensorflow"):
         # Their errors come as exceptions, too, and are said in one line.
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -128,7 +128,11 @@ class Sampling:
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelParameters:
-    """Parameters that all sets share; `image_size` is height and width in pixels."""
+    """Parameters that all sets share.
+
+    `image_size` is height and width in pixels. Images of more than `max_megapixels` are refused
+    before they are decoded.
+    """
 
     image_size: ImageSize
     color: Color
@@ -137,6 +141,7 @@ class ModelParameters:
     seed: Annotated[int, Field(ge=0)]
     quantize: Quantize
     sets: Annotated[list[HyperParameters], Field(min_length=1)]
+    max_megapixels: Annotated[float, Field(gt=0)] = 100
 
     def __post_init__(self) -> None:
         """Refuse two sets with one name, whose runs would look alike."""
@@ -145,6 +150,11 @@ class ModelParameters:
             raise ValueError(
                 f"two sets are named {twice[0]!r}, expected a name of its own for each"
             )
+
+    @property
+    def most_pixels(self) -> int:
+        """`max_megapixels` in pixels."""
+        return round(self.max_megapixels * 1e6)
 
     def sampling(self, cache: Path) -> Sampling:
         """Return the variants that all sets are fitted to."""

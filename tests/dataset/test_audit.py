@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from conftest import draw_folders
+from defect_detection import PipelineError
 from defect_detection.atomic import write_mapping
 from defect_detection.dataset import audit, split
 from defect_detection.dataset.folder import DataFolder
@@ -129,6 +131,19 @@ def test_unreadable_empty_and_odd_sized_pictures_are_named(data, cache):
     assert not found.clean
 
 
+def test_image_that_is_deleted_meanwhile_is_named(data, cache, monkeypatch):
+    read = audit.read
+
+    def and_delete(*given):
+        found = read(*given)
+        (data / "train/ok_front/3.jpeg").unlink()
+        return found
+
+    monkeypatch.setattr(audit, "read", and_delete)
+    with pytest.raises(PipelineError, match=r"train/ok_front/3.jpeg does not exist, but could be"):
+        inspect(data, cache)
+
+
 def test_training_alone_can_be_looked_at(data, cache):
     shutil.rmtree(data / "test")
     found = inspect(data, cache)
@@ -214,6 +229,47 @@ def test_contact_sheet_shows_the_worst(data, cache, tmp_path):
     np.testing.assert_array_equal(shown[0].images[0].get_array(), shown[1].images[0].get_array())
     figure.savefig(tmp_path / "sheet.png")
     assert figure.axes[0].get_title(loc="left") == "in test and in training"
+
+
+def test_names_that_look_like_formulas_of_text_are_drawn_as_they_are(data, cache, tmp_path):
+    """Two dollars begin and end a formula for Matplotlib."""
+    name = os.fsdecode(b"$a_{$\n\xff.jpeg")
+    shutil.copy(data / "train/def_front/2.jpeg", data / "test/def_front" / name)
+    figure = figures.contact_sheet(data, inspect(data, cache))
+    figure.savefig(tmp_path / "sheet.png")
+    (shown,) = [axes for axes in figure.axes[0].child_axes if "$" in axes.get_title(loc="left")]
+    assert shown.get_title(loc="left") == "test/def_front/\n$a_{$\\n\\xff.jpeg"
+
+
+def test_contact_sheet_shows_images_with_as_many_pixels_as_are_allowed(data, cache):
+    Image.new("L", (200, 200), 90).save(data / "test/def_front/a.png")
+    shutil.copy(data / "test/def_front/a.png", data / "test/def_front/b.png")
+    found = inspect(data, cache)
+    figures.contact_sheet(data, found, most_pixels=40_000)
+    with pytest.raises(PipelineError, match="at most 0.039999 are decoded"):
+        figures.contact_sheet(data, found, most_pixels=39_999)
+
+
+def test_scripts_take_names_of_all_kinds(project, tmp_path):
+    data = draw_folders(tmp_path / "pictures", train=20, test=12)
+    names = [b"new\nline", b"car\rriage", b"part_\xff", b'a "b", c', b"=1+1", b"esc\x1b[31m"]
+    for folder in sorted(data.glob("*/*")):
+        for path, name in zip(sorted(folder.iterdir()), names, strict=False):
+            path.rename(os.fsdecode(os.fsencode(folder) + b"/" + name + b".jpeg"))
+    shutil.copy(data / "train/def_front/new\nline.jpeg", data / "test/def_front/copy\n.jpeg")
+    project.configure(
+        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:1])
+    )
+    said = project.succeed(SCRIPT, "--data", data, "--groups", data / "groups.csv")
+    assert r"test/def_front/copy\n.jpeg  =  train/def_front/new\nline.jpeg" in said
+    assert "as groups.csv says" in project.succeed(SCRIPT, "--data", data, "--resplit", "0.3")
+    assert "No test image comes from" in project.succeed("src/train.py", "--data", data)
+    assert "Registered as" in project.succeed("src/evaluation.py", "--data", data)
+    (table,) = (project.root / "mlruns").rglob("images.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    there = [path.relative_to(data).as_posix() for path in data.rglob("*.jpeg")]
+    assert {*paths} <= {path.encode(errors="backslashreplace").decode() for path in there}
 
 
 def test_script_reports_writes_and_ends_with_1_when_strict(project, data, tmp_path):

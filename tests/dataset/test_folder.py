@@ -1,7 +1,10 @@
 """Folders as people have them: other names, folders below, one pair of folders, other files."""
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw_folders
+from conftest import ROOT, draw_folders
 from defect_detection import PipelineError, settings
 from defect_detection.atomic import write_mapping
-from defect_detection.dataset import decoded, split
+from defect_detection.dataset import decoded, photographs, split
 from defect_detection.dataset.folder import SIDES, DataFolder
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.preprocessing import ImageFormat
@@ -79,7 +82,7 @@ def test_other_files_are_counted_by_kind(folder, data, caplog):
     assert "train/ok_front: not read: 1 .gif, 2 .heic, 1 .mp4" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["bmp", "tiff", "tif", "webp", "PNG"])
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "tif", "webp", "PNG", "jfif", "JPE"])
 def test_files_of_industrial_cameras_are_read(folder, data, kind):
     source = data / "train" / "ok_front" / "part_000.jpeg"
     with Image.open(source) as image:
@@ -238,3 +241,64 @@ def test_the_folder_decides_how_many_bits_count(tmp_path, highest, bits):
         for name in ("def_front", "ok_front")
     )
     assert light == highest * 256 // 2**bits and dark == pytest.approx(light / 16, abs=1)
+
+
+def test_named_pipe_among_the_images_is_skipped_and_keeps_nobody_waiting(tmp_path):
+    """In a process of its own: threads that wait for a pipe could not be ended."""
+    data = draw_folders(tmp_path / "more", train=20, test=1)
+    (data / "train" / "ok_front" / "part_003.jpeg").unlink()
+    os.mkfifo(data / "train" / "ok_front" / "part_003.jpeg")
+    program = f"""
+from pathlib import Path
+from defect_detection.dataset import split
+from defect_detection.dataset.folder import DataFolder
+folder = DataFolder(Path({str(data)!r}), Path({str(tmp_path / "cache")!r}))
+print(len(split.load(folder, folder.image_format((32, 32), "auto")).training))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "src",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "39\n"
+    assert "train/ok_front/part_003.jpeg is a named pipe" in done.stderr
+
+
+def test_images_of_more_pixels_than_configured_are_skipped_until_they_are_allowed(configured, data):
+    Image.new("L", (250, 200), 90).save(data / "train" / "ok_front" / "large.png")
+    few = replace(configured, most_pixels=10_000)
+    takes = few.image_format((32, 32), "auto")
+    assert takes.most_pixels == 10_000
+    paths = few.images("train")
+    found = decoded.decode(few, paths, "train", takes)
+    said = "has 1 megapixels, at most 0.01 are decoded (max_megapixels in src/config.yaml)"
+    assert found.skipped == (("train/ok_front/large.png", said),)
+    # What the cache knows of the lower limit does not count for the higher one.
+    assert len(decoded.decode(few, paths, "train", replace(takes, most_pixels=50_000))) == 21
+    assert configured.image_format((32, 32), "auto").most_pixels == 100_000_000
+
+
+def test_images_are_compared_with_as_many_pixels_as_are_decoded(folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(photographs, "find", lambda *found: given.append(found) or {})
+    with pytest.raises(KeyError):
+        split.load(folder, replace(TAKES, most_pixels=200_000_000))
+    assert [most for _, _, most in given] == [200_000_000]
+
+
+def test_a_model_with_a_lower_limit_is_judged_on_the_same_images(folder):
+    """The version in production may have been trained when less was allowed."""
+    loaded = split.load(folder, replace(TAKES, most_pixels=200_000_000)).testing
+    assert loaded.images_as(TAKES) is loaded.images
+    again = loaded.images_as(ImageFormat(48, 48, most_pixels=100))
+    assert len(again) == len(loaded)
+
+
+def test_data_folder_whose_name_is_not_utf8_is_refused_in_a_line(data):
+    shutil.move(data, os.fsencode(data) + b"\xff")
+    config = settings.read_yaml(CONFIG_FILE, Config)
+    options = Namespace(data=os.fsdecode(os.fsencode(data) + b"\xff"), config=None)
+    with pytest.raises(PipelineError, match="its name is not UTF-8, which MLflow needs. Rename it"):
+        DataFolder.choose(options, {}, config)

@@ -6,10 +6,13 @@ import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import kinds
 import sample
@@ -220,12 +223,174 @@ def test_it_says_what_it_does_the_first_time_only(find, three, caplog):
     assert caplog.text == ""
 
 
-def test_damaged_cache_is_one_line(tmp_path, find, three):
+def no_database(file: Path) -> None:
+    file.write_bytes(b"no database at all" * 100)
+
+
+def zeroed(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def other_tables(file: Path) -> None:
+    file.unlink()
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TABLE features (digest TEXT)")
+
+
+def another_join(file: Path) -> None:
+    change(file, "UPDATE pairs SET same = 1")
+
+
+def lost_pairs(file: Path) -> None:
+    change(file, "DELETE FROM pairs WHERE same")
+
+
+def another_search(file: Path) -> None:
+    change(file, "UPDATE searches SET digests = digests || 'f'")
+
+
+def text_that_is_none(file: Path) -> None:
+    change(file, "UPDATE searches SET digests = CAST(x'ff00' AS TEXT)")
+
+
+def change(file: Path, statement: str) -> None:
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute(statement)
+
+
+def newer_version(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[47] = 9
+    file.write_bytes(content)
+
+
+DAMAGES = [
+    no_database,
+    newer_version,
+    zeroed,
+    cut,
+    other_tables,
+    another_join,
+    lost_pairs,
+    another_search,
+]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, text_that_is_none])
+def test_damaged_cache_is_made_again_with_a_line(tmp_path, find, three, damage, caplog):
+    expected = find(three[0])
+    (file,) = (tmp_path / "cache").iterdir()
+    damage(file)
+    caplog.clear()
+    assert find(three[0]) == expected
+    assert caplog.text.count("photographs-3.sqlite was damaged") == 1
+    assert "and is deleted: the images are compared again" in caplog.text
+    caplog.clear()
+    assert find(three[0]) == expected
+    assert not caplog.text
+
+
+COLUMNS = ("points", "descriptors", "hashes", "pixels")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((column, f"zeroblob(length({column}))") for column in COLUMNS),
+        *(("hashes", value) for value in ("substr(hashes, 1, 8)", "NULL", "7", "'a'")),
+        ("height", "7"),
+    ],
+)
+def test_keypoints_that_a_disk_has_changed_are_noticed(
+    tmp_path, find, three, column, value, caplog
+):
     find(three[0])
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(b"no database at all" * 100)
-    with pytest.raises(PipelineError, match=r"photographs-2.sqlite: cannot be used .*Delete it"):
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute(f"UPDATE features SET {column} = {value}")
+    found = find(three[0] | three[1])
+    assert found["a"] == found["a2"] == found["a3"] != found["b"] == found["b2"] != found["c"]
+    assert "was damaged" in caplog.text
+
+
+def test_cache_that_says_it_may_not_be_written_is_made_again(tmp_path, find, three, caplog):
+    find(three[0])
+    (file,) = (tmp_path / "cache").iterdir()
+    content = bytearray(file.read_bytes())
+    content[18] = 9  # as newer versions of SQLite might write it
+    file.write_bytes(content)
+    assert len(set(find(three[0] | three[1]).values())) == 3
+    assert "was damaged (attempt to write a readonly database)" in caplog.text
+
+
+def test_keypoints_under_the_digest_of_another_image_are_noticed(tmp_path, find, three):
+    find(three[0])
+    (file,) = (tmp_path / "cache").iterdir()
+    with closing(sqlite3.connect(file)) as database, database:
+        rows = [row for (row,) in database.execute("SELECT digest FROM features")]
+        turn = {rows[i]: rows[i - 1] for i in range(4)}
+        for old in rows:
+            database.execute("UPDATE features SET digest = ? WHERE digest = ?", (f"_{old}", old))
+        for old, new in turn.items():
+            database.execute("UPDATE features SET digest = ? WHERE digest = ?", (new, f"_{old}"))
+    found = find(three[0] | three[1])
+    assert found["a"] == found["a2"] == found["a3"] != found["b"] == found["b2"] != found["c"]
+
+
+def test_any_damage_is_noticed_or_does_no_harm(tmp_path, find, three):
+    """Blocks of the file are zeroed or changed, as disks and crashes do it."""
+    find(three[0])
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    expected = find(three[0] | three[1])
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        damaged = bytearray(whole)
+        size = int(rng.choice([1024, 8192]))
+        start = int(rng.integers(0, len(whole) - size)) // size * size
+        damaged[start : start + size] = bytes(size) if number % 2 else rng.bytes(size)
+        file.write_bytes(damaged)
+        assert find(three[0] | three[1]) == expected
+
+
+def test_locked_cache_is_one_line_and_stays(tmp_path, find, three, monkeypatch):
+    find(three[0])
+    (file,) = (tmp_path / "cache").iterdir()
+    connect = sqlite3.connect
+    other = connect(file, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(path, timeout=0.1))
+    with pytest.raises(PipelineError, match=r"locked\). If no other process uses it, delete it"):
         find(three[0])
+    other.execute("COMMIT")
+    other.close()
+    assert file.exists()
+
+
+def test_file_that_is_swapped_before_it_is_compared_is_not_kept(tmp_path, find, three):
+    find(three[0])
+    file = tmp_path / "pictures" / "b.jpeg"
+    other = (tmp_path / "pictures" / "a.jpeg").read_bytes()
+    digest = hashlib.sha256(b"another").hexdigest()
+    for content in (other, None):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(PipelineError, match="b.jpeg was changed while the images were read"):
+            photographs.find({digest: file}, tmp_path / "cache")
+        file.touch()
+
+
+def test_images_with_many_pixels_are_compared_if_they_are_allowed(tmp_path):
+    Image.new("L", (100, 100), 90).save(tmp_path / "a.png")
+    contents = {hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest(): tmp_path / "a.png"}
+    with pytest.raises(PipelineError, match="max_megapixels"):
+        photographs.find(contents, tmp_path / "cache", most_pixels=9999)
+    assert list(photographs.find(contents, tmp_path / "cache", most_pixels=10000).values()) == [0]
 
 
 def test_cache_that_cannot_be_written_is_one_line(tmp_path):

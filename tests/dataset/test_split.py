@@ -1,6 +1,8 @@
 """From folders to arrays, and to training and test images."""
 
 import logging
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,11 @@ def load(folder):
         return loaded.training if side == "train" else loaded.testing
 
     return load
+
+
+@pytest.fixture
+def decode(folder):
+    return lambda: decoded.decode(folder, folder.images("train"), "train", TAKES)
 
 
 def test_labels_and_counts_follow_the_folders(load):
@@ -50,12 +57,168 @@ def test_second_load_decodes_nothing(load, monkeypatch):
     assert first.digest == second.digest
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"{"])
-def test_damaged_cache_is_made_again(load, tmp_path, content):
-    expected = np.array(load().images)
-    for file in (tmp_path / "cache").glob("train-*"):
+JSON = {
+    "empty": b"",
+    "cut": b'{"skipped": [',
+    "null": b"null",
+    "list": b"[[1, 2]]",
+    "former": b"[]",
+    "number": b"7",
+    "zeroed": bytes(100),
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    "object": b'{"ab": 1}',
+    "no lists": b'{"skipped": null, "checks": null}',
+    "other types": b'{"skipped": [[[], {}]], "checks": [null]}',
+    "no checksums": b'{"skipped": [], "checks": []}',
+}
+
+
+@pytest.mark.parametrize("content", JSON.values(), ids=JSON)
+@pytest.mark.parametrize("suffix", ["json", "pixels", "*"])
+def test_damaged_cache_is_made_again_with_a_line(decode, tmp_path, content, suffix, caplog):
+    expected = np.array(decode().images)
+    for file in (tmp_path / "cache").glob(f"train-*.{suffix}"):
         file.write_bytes(content)
-    np.testing.assert_array_equal(load().images, expected)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(decode().images, expected)
+        assert caplog.text.count("is damaged: the images are decoded again") == 1
+        decode()
+    assert caplog.text.count("is damaged") == 1
+
+
+@pytest.mark.parametrize("where", [0, 5000, -1])
+def test_pixels_that_a_disk_has_changed_are_noticed(decode, tmp_path, where, caplog):
+    expected = np.array(decode().images)
+    (file,) = (tmp_path / "cache").glob("train-*.pixels")
+    content = bytearray(file.read_bytes())
+    content[where] ^= 1
+    file.write_bytes(content)
+    np.testing.assert_array_equal(decode().images, expected)
+    assert "is damaged" in caplog.text
+
+
+def test_zeroed_pixels_are_noticed(decode, tmp_path):
+    expected = np.array(decode().images)
+    (file,) = (tmp_path / "cache").glob("train-*.pixels")
+    file.write_bytes(bytes(file.stat().st_size))
+    np.testing.assert_array_equal(decode().images, expected)
+
+
+def test_cache_under_the_name_of_another_is_noticed(decode, data, tmp_path):
+    decode()
+    kept = {path.suffix: path.read_bytes() for path in (tmp_path / "cache").glob("train-*")}
+    first, second = sorted((data / "train" / "ok_front").iterdir())[:2]
+    first.write_bytes(second.read_bytes())
+    expected = np.array(decode().images)
+    for path in (tmp_path / "cache").glob("train-*"):
+        path.write_bytes(kept[path.suffix])
+    np.testing.assert_array_equal(decode().images, expected)
+
+
+def test_what_the_cache_says_was_skipped_is_checked_too(tmp_path):
+    data = draw_folders(tmp_path / "more", train=20, test=1)
+    (data / "train" / "def_front" / "part_003.jpeg").write_bytes(b"no image")
+    folder = DataFolder(data, tmp_path / "cache")
+    expected = decoded.decode(folder, folder.images("train"), "train", TAKES)
+    (file,) = (tmp_path / "cache").glob("train-*.json")
+    file.write_text(file.read_text().replace("part_003", "part_004"))
+    found = decoded.decode(folder, folder.images("train"), "train", TAKES)
+    assert found.paths == expected.paths and found.skipped == expected.skipped
+
+
+@pytest.mark.parametrize("suffix", ["json", "pixels"])
+def test_folder_in_place_of_a_cache_is_one_line(decode, tmp_path, suffix):
+    decode()
+    (file,) = (tmp_path / "cache").glob(f"train-*.{suffix}")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(PipelineError, match=rf"{suffix}: cannot be read \(Is a directory\)"):
+        decode()
+
+
+def test_file_that_is_swapped_before_it_is_decoded_is_not_kept(decode, data, tmp_path, monkeypatch):
+    """The name of the cache says what was read first."""
+    swapped, other = sorted((data / "train" / "ok_front").iterdir())[:2]
+    before, read = swapped.read_bytes(), preprocessing.read_file
+    reads = []
+
+    def read_file(path):
+        reads.append(path)
+        if reads.count(swapped) == 2:
+            swapped.write_bytes(other.read_bytes())
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "read_file", read_file)
+        with pytest.raises(PipelineError, match="part_000.jpeg was changed while the images were"):
+            decode()
+    assert not list((tmp_path / "cache").glob("train-*"))
+    swapped.write_bytes(before)
+    expected = [preprocessing.decode(data / path, TAKES) for path in decode().paths]
+    np.testing.assert_array_equal(decode().images, expected)
+
+
+def test_image_to_log_is_the_one_that_was_read(decode, data):
+    loaded = decode()
+    assert loaded.content(3) == (data / loaded.paths[3]).read_bytes()
+    (data / loaded.paths[3]).unlink()
+    with pytest.raises(PipelineError, match=r"part_003.jpeg was changed while the images were"):
+        loaded.content(3)
+
+
+def test_memory_of_the_checks_is_given_back(tmp_path):
+    """The pixels of a large folder would count as memory of the process."""
+    data = draw_folders(tmp_path / "more", train=20, test=1)
+    folder, takes = DataFolder(data, tmp_path / "cache"), ImageFormat(1024, 1024)
+    decoded.decode(folder, folder.images("train"), "train", takes)  # 42 MB
+    before = resident()
+    found = decoded.decode(folder, folder.images("train"), "train", takes)
+    assert resident() - before < 20
+    assert found.images[39].any()
+
+
+def resident() -> float:
+    """Return the memory of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssFile:"))
+
+
+def names_of_all_kinds() -> list[bytes]:
+    texts = (
+        "new\nline",
+        "car\rriage",
+        "a\r\nb",
+        "tab\t",
+        'quo"te',
+        '"all"',
+        "com,ma",
+        "=1+1",
+        "-r",
+    )
+    more = (" lead", "trail ", "\ufeffmark", "👨‍👩‍👧", "esc\x1b[31m", "\u202e", "x" * 250, "semi;")
+    return [b"part_\xff.png", *(f"{text}.png".encode() for text in (*texts, *more))]
+
+
+def test_names_of_all_kinds_are_written_and_read_back(tmp_path):
+    data = draw_folders(tmp_path / "more", train=20, test=5)
+    for side, name in ((side, name) for side in ("train", "test") for name in CLASSES):
+        drawn = sorted((data / side / name).iterdir())
+        for path, other in zip(drawn, names_of_all_kinds(), strict=False):
+            path.rename(os.path.join(os.fsdecode(data / side / name), os.fsdecode(other)))
+    folder = DataFolder(data, tmp_path / "cache")
+    plain = split.load(folder, TAKES)
+    named = [*plain.training.paths, *plain.testing.paths]
+    written = split.resplit(folder, 0.2, 0, TAKES)
+    write_mapping(folder.groups_file, "path", "photo", {path: path[-7:] for path in named})
+    found = split.load(folder, TAKES)
+    assert sorted([*found.training.paths, *found.testing.paths]) == sorted(named)
+    assert split.load(folder, TAKES).training.digest == found.training.digest
+    written.unlink()
+    again = split.load(folder, TAKES)
+    assert again.training.digest == plain.training.digest
+    photographs = [*again.training.photographs, *again.testing.photographs]
+    assert len(set(photographs)) == len({path[-7:] for path in named})
 
 
 def test_changed_added_and_renamed_pictures_change_the_digest(load, data):

@@ -1,6 +1,8 @@
 """Likely label errors."""
 
 import csv
+import io
+import os
 
 import numpy as np
 import pytest
@@ -49,6 +51,14 @@ def test_numbers_of_held_out_images_lead_to_their_paths(data):
 def test_one_class_alone_has_none(data):
     rows = np.flatnonzero(data.labels == 0)
     assert labels.likely_errors(data, rows, data.labels[rows], np.full(len(rows), 0.9)) == []
+
+
+def test_table_is_utf8_whatever_the_names():
+    error = labels.LabelError(os.fsdecode(b"train/ok_front/a\xff\r.png"), "ok_front", 1, 0.25)
+    table = labels.table([error]).encode()
+    (row,) = csv.DictReader(io.StringIO(table.decode(), newline=""))
+    assert row["path"] == "train/ok_front/a\\udcff\r.png"
+    assert row["confidence"] == "0.250000"
 
 
 def test_a_model_that_guesses_contradicts_no_label(data):

@@ -1,7 +1,9 @@
 """The report: what it says, what it needs, how it comes out in a browser."""
 
 import csv
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -61,6 +63,26 @@ def drawn(tmp_path_factory):
     pairs = 1000 + np.arange(len(split.testing)) // 2  # two images of each photograph
     split = replace(split, testing=replace(split.testing, photographs=pairs))
     return evaluate(Known(split.testing.labels), split)
+
+
+def test_names_that_are_not_utf8_do_not_end_the_report(drawn):
+    """Only the text is tried: the files have their own names."""
+    old = drawn.split.testing
+    paths = tuple(os.fsdecode(f"{path}\n".encode() + b"\xff") for path in old.paths)
+    testing = replace(old, paths=paths)
+    named = replace(drawn, split=replace(drawn.split, testing=testing))
+    rows = list(csv.DictReader(io.StringIO(report.table(named).encode().decode(), newline="")))
+    assert rows[3]["path"] == f"{old.paths[3]}\n\\udcff"
+    read = {testing.file(row): old.file(row) for row in range(len(old))}
+    for path in read:
+        path.symlink_to(read[path])
+    try:
+        page = write(named)
+    finally:
+        for path in read:
+            path.unlink()
+    assert page.encode()
+    assert "part_0" in page and r"jpeg\n\xff" in page
 
 
 COMPARED = Comparison(Paired(12, 3, 120), Paired(4, 2, 90))

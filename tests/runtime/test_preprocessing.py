@@ -1,13 +1,18 @@
 """From a file to pixels."""
 
 import io
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from conftest import within
 from defect_detection.runtime import preprocessing
+from defect_detection.runtime.model_files import ServedModel
 from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 
 
@@ -139,3 +144,87 @@ def test_decoding_within_keeps_the_proportions(size, expected, tmp_path):
 def test_decoding_within_raises_as_decoding_does(tmp_path):
     with pytest.raises(UnreadableImage, match="does not exist"):
         preprocessing.decode_within(tmp_path / "none.png", 32)
+
+
+READERS = {
+    "read_file": preprocessing.read_file,
+    "decode": lambda path: preprocessing.decode(path, SMALL),
+    "decode_within": lambda path: preprocessing.decode_within(path, 32),
+    "bits_of": preprocessing.bits_of,
+    "dimensions": preprocessing.dimensions,
+}
+
+
+@pytest.fixture(params=READERS)
+def read(request):
+    return READERS[request.param]
+
+
+def test_what_waits_for_a_writer_is_refused_at_once(read, tmp_path):
+    os.mkfifo(tmp_path / "a.jpeg")
+    with within(20), pytest.raises(UnreadableImage, match="is a named pipe; only regular files"):
+        read(tmp_path / "a.jpeg")
+
+
+def test_devices_sockets_and_folders_are_refused(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("a.jpeg")
+        with within(20), pytest.raises(UnreadableImage, match="is a socket; only regular files"):
+            read(Path("a.jpeg"))
+    for device in ("/dev/null", "/dev/tty"):  # a terminal, or none: this is no session's leader
+        with within(20), pytest.raises(UnreadableImage, match="is a device; only regular files"):
+            read(Path(device))
+    with within(20), pytest.raises(UnreadableImage, match=r"cannot be read \(Is a directory\)"):
+        read(tmp_path)
+
+
+def test_large_file_is_refused_before_it_is_read(read, tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(encode(RAMP, "PNG"))
+        file.truncate(10**11)  # takes no room on the disk
+    with pytest.raises(UnreadableImage, match=r"has 100\.0 GB, at most 1 GB is read"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["gone.png", "link.png"])
+def test_missing_files_and_links_to_them_say_so(read, tmp_path, name):
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UnreadableImage, match="does not exist"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "x" * 300 + ".png"])
+def test_names_that_no_file_can_have_are_refused(read, name):
+    with pytest.raises(UnreadableImage, match="cannot be"):
+        read(Path("/tmp") / name)
+
+
+def test_content_of_a_file_and_of_a_link_to_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(RAMP, "PNG"))
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    assert preprocessing.read_file(tmp_path / "b.png") == encode(RAMP, "PNG")
+    assert preprocessing.read_file(str(tmp_path / "a.png")) == encode(RAMP, "PNG")
+
+
+def test_files_of_other_images_are_told_from_those_that_are_read():
+    read, others = preprocessing.SUFFIXES, preprocessing.OTHER_IMAGES
+    assert {".jfif", ".jpe"} <= set(read) and {".heic", ".gif", ".dng", ".psd"} <= set(others)
+    assert not set(read) & set(others)
+    for suffix in (*read, *others):
+        assert suffix.startswith(".") and suffix == suffix.lower()
+    assert preprocessing.is_image("PART.JFIF") and not preprocessing.is_image("part.heic")
+
+
+def test_the_most_pixels_of_a_model_are_saved_with_it(tmp_path):
+    takes = ImageFormat(32, 48, 3, most_pixels=250_000_000)
+    for saved, expected in ((takes, takes), (None, ImageFormat(32, 48, 3))):
+        entry = ServedModel(b"", takes).save(tmp_path)
+        if saved is None:  # as older versions were
+            del entry["most_pixels"]
+        (tmp_path / "MLmodel").write_text(yaml.safe_dump({"flavors": {"litert": entry}}))
+        assert ServedModel.load(tmp_path).takes == expected
+
+
+def test_the_most_pixels_do_not_name_files_of_pixels():
+    assert ImageFormat(32, 32, most_pixels=5).key == SMALL.key

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +110,10 @@ def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, 
     assert features.compute(model, data, sampling).path != first
 
 
-def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_computation_is_gone_on_with(
+    pictures, model, tmp_path, monkeypatch, damaged
+):
     sampling = Sampling(200, 0, tmp_path / "whole")
     whole = features.compute(model, pictures, sampling)
     sampling = replace(sampling, cache=tmp_path / "cut")
@@ -128,20 +132,109 @@ def test_an_interrupted_computation_is_gone_on_with(pictures, model, tmp_path, m
     (part,) = (tmp_path / "cut").iterdir()
     with part.open("ab") as file:
         file.write(b"half a row")
+    if damaged:  # what was not yet on the disk when the power failed
+        content = part.read_bytes()
+        row = len(content) // (3 * features.BATCH)
+        part.write_bytes(content[: 40 * row] + bytes(row) + content[41 * row :])
     found = features.compute(model, pictures, sampling)
-    assert begun_at == [0, 3 * features.BATCH]
+    assert begun_at == [0, (2 if damaged else 3) * features.BATCH]
     every = np.arange(len(whole))
     # Not bit by bit: how TensorFlow divides a sum among threads may depend on how busy they are.
     np.testing.assert_allclose(found.take(every), whole.take(every), rtol=2e-3, atol=2e-3)
 
 
-def test_file_that_lost_its_end_is_computed_again(pictures, model, tmp_path):
+DAMAGES = {
+    "lost its end": lambda content: content[:-100],
+    "got more": lambda content: content + content[:100],
+    "is empty": lambda content: b"",
+    "is of another version": lambda content: content[: 60 * 2 * 4 * 4 * 8],
+    "has a zeroed block": lambda content: content[:512] + bytes(512) + content[1024:],
+    "is zeroed": lambda content: bytes(len(content)),
+    "has another bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let features be random numbers."""
+
+    def batches(layers, data, planned, seed, begun):
+        for start in range(begun, len(planned.images), features.BATCH):
+            count = len(planned.images[start : start + features.BATCH])
+            yield np.random.default_rng([seed, start]).random((count, *layers.output_shape[1:]))
+
+    monkeypatch.setattr(features, "_batches", batches)
+
+
+def changed(file: Path, damage: Callable[[bytes], bytes]) -> None:
+    """Replace a file, as those do that may not touch one which others have mapped."""
+    content = damage(file.read_bytes())
+    file.unlink()
+    file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_file_is_computed_again_with_a_line(pictures, model, tmp_path, damage, caplog):
     sampling = Sampling(20, 0, tmp_path)
     first = features.compute(model, pictures, sampling)
     whole = first.take(np.arange(len(first)))
-    first.path.write_bytes(first.path.read_bytes()[:-100])
+    changed(first.path, damage)
     again = features.compute(model, pictures, sampling)
-    np.testing.assert_allclose(again.take(np.arange(len(again))), whole, rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(again.take(np.arange(len(again))), whole)
+    assert caplog.text.count(f"{first.path} is damaged: the features are computed again") == 1
+    caplog.clear()
+    features.compute(model, pictures, sampling)
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_file_under_the_name_of_another_is_noticed(pictures, model, tmp_path, caplog):
+    first, other = (features.compute(model, pictures, Sampling(20, n, tmp_path)) for n in (0, 1))
+    whole = first.take(np.arange(len(first)))
+    changed(first.path, lambda _: other.path.read_bytes())
+    again = features.compute(model, pictures, Sampling(20, 0, tmp_path))
+    np.testing.assert_array_equal(again.take(np.arange(len(again))), whole)
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_values_stay_those_that_were_checked(pictures, model, tmp_path):
+    """Another process may delete the file meanwhile, or put another in its place."""
+    found = features.compute(model, pictures, Sampling(20, 0, tmp_path))
+    whole = found.take(np.arange(len(found)))
+    changed(found.path, lambda content: bytes(len(content)))
+    np.testing.assert_array_equal(found.take(np.arange(len(found))), whole)
+
+
+@pytest.mark.usefixtures("quick")
+def test_folder_in_place_of_the_file_is_one_line_before_the_work(
+    pictures, model, tmp_path, monkeypatch
+):
+    sampling = Sampling(20, 0, tmp_path)
+    found = features.compute(model, pictures, sampling)
+    found.path.unlink()
+    found.path.mkdir()
+    monkeypatch.setattr(features, "_batches", lambda *_: pytest.fail("computed"))
+    with pytest.raises(PipelineError, match=r"cannot be written \(Is a directory\)"):
+        features.compute(model, pictures, sampling)
+
+
+def test_memory_of_what_was_read_is_given_back(pictures, tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (40, 512, 512), np.uint8)
+    data = drawn_dataset(images, pictures.labels, pictures.photographs)
+    found = features.compute(former_cnn((512, 512, 1)), data, Sampling(10, 0, tmp_path))
+    before = resident()
+    for start in range(0, len(found), 10):
+        assert found.take(np.arange(start, start + 10)).any()
+    assert resident() - before < 10
+    assert found.path.stat().st_size > 25e6
+
+
+def resident() -> float:
+    """Return the memory of this process for files in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssFile:"))
 
 
 def test_disk_without_room_is_one_line_before_the_work(pictures, model, tmp_path, monkeypatch):

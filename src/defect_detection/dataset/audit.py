@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from defect_detection import PipelineError
 from defect_detection.dataset.folder import GROUPS_FILE, SIDES, SPLIT_FILE, DataFolder
 from defect_detection.dataset.split import Dataset, Split, describe_leakage, read
+from defect_detection.names import printable
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
-from defect_detection.runtime.preprocessing import ImageFormat
+from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 
 SHOWN = 5  # findings of a kind in the text; the JSON file has all
 
@@ -190,7 +192,7 @@ def _listed(name: str, what: str, found: list[str]) -> list[str]:
     more = [f"{'':16}and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     return [
         f"{name:14}{len(found)} {what}".rstrip(),
-        *(f"{'':16}{one}" for one in found[:SHOWN]),
+        *(f"{'':16}{printable(one)}" for one in found[:SHOWN]),
     ] + more
 
 
@@ -198,8 +200,15 @@ def _odd_sized(
     folder: DataFolder, paths: list[str]
 ) -> tuple[tuple[int, int] | None, list[tuple[str, int, int]]]:
     """Return the usual width and height, and the images with another."""
+
+    def size(path: str) -> tuple[int, int]:
+        try:
+            return preprocessing.dimensions(folder.path / path)
+        except UnreadableImage as error:
+            raise PipelineError(f"{path} {error}, but could be read before") from error
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = list(pool.map(lambda path: preprocessing.dimensions(folder.path / path), paths))
+        sizes = list(pool.map(size, paths))
     if not sizes:
         return None, []
     usual = Counter(sizes).most_common(1)[0][0]

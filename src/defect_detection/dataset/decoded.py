@@ -4,14 +4,20 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from defect_detection import PipelineError
 from defect_detection.atomic import replace_atomically
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.runtime import preprocessing
@@ -22,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CACHES_KEPT = 6  # files of decoded images: three versions of the data, train and test
 BLOCK = 1024  # images that are decoded before their pixels are written
+CHECKED = 64  # images whose checksums a thread computes at a time
 
 Skipped = tuple[tuple[str, str], ...]  # path and reason of each unreadable image
 
@@ -68,6 +75,14 @@ class Decoded:
         """Return the file of an image."""
         return self.folder.path / self.paths[row]
 
+    def content(self, row: int) -> bytes:
+        """Return the content of the file of an image.
+
+        Raises:
+            PipelineError: the file has changed since it was read.
+        """
+        return read_unchanged(self.file(row), self.contents[row])
+
 
 def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat) -> Decoded:
     """Decode image files, or take their pixels from the cache if their content is known.
@@ -77,24 +92,29 @@ def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat
         paths: of the files.
         side: of the split, named in messages and in the cache.
         wanted: size, colour and shape of the pixels.
+
+    Raises:
+        PipelineError: a file was changed meanwhile, or the cache cannot be read or written.
     """
     names = [folder.relative(path) for path in paths]
-    contents = [hashlib.sha256(_content(path)).hexdigest() for path in paths]
+    contents = [_content(path)[1] for path in paths]
     digest = _digest([_with_class(folder, name) for name in names], contents)
-    stem = folder.cache / f"{side}-{digest[:16]}-{wanted.key}"
-    skipped = _cached(stem, len(paths), wanted)
-    if skipped is None:
+    stem = folder.cache / f"{side}-{digest[:16]}-{wanted.key}-{wanted.most_pixels}"
+    found = _cached(stem, len(paths), wanted)
+    if found is None:
         log.info("Decoding %d images of %s", len(paths), folder.path / side)
-        skipped = _decode_all(folder, paths, wanted, stem)
+        _write(stem, zip(names, _decoded(paths, contents, wanted), strict=True))
         _delete_old(folder.cache)
-    shape = (len(paths) - len(skipped), *wanted.shape)
-    pixels = np.memmap(_pixels(stem), np.uint8, "c", shape=shape) if shape[0] else np.empty(shape)
+        found = _cached(stem, len(paths), wanted)
+        if found is None:
+            raise PipelineError(f"{_pixels(stem)}: is not what was written there. Check the disk")
+    images, skipped = found
     unreadable = {path for path, _ in skipped}
     kept = [number for number, path in enumerate(names) if path not in unreadable]
     return Decoded(
         folder=folder,
         side=side,
-        images=pixels,
+        images=images,
         format=wanted,
         labels=np.array([folder.class_of(names[number]) == POSITIVE for number in kept], np.uint8),
         paths=tuple(names[number] for number in kept),
@@ -113,67 +133,140 @@ def _with_class(folder: DataFolder, name: str) -> str:
 def _digest(names: list[str], contents: list[str]) -> str:
     total = hashlib.sha256()
     for name, content in zip(names, contents, strict=True):
-        total.update(name.encode() + b"\0" + bytes.fromhex(content))
+        total.update(name.encode(errors="surrogateescape") + b"\0" + bytes.fromhex(content))
     return total.hexdigest()
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path) -> tuple[bytes | UnreadableImage, str]:
+    """Return the content of a file, or why it cannot be read; and the content's SHA-256."""
     try:
-        return path.read_bytes()
-    except OSError:  # `preprocessing.decode` fails for the same reason and names the image
-        return b""
+        content = preprocessing.read_file(path)
+    except UnreadableImage as error:
+        return error, hashlib.sha256().hexdigest()
+    return content, hashlib.sha256(content).hexdigest()
 
 
-def _pixels(stem: Path) -> Path:
-    return stem.with_suffix(".pixels")
+def read_unchanged(path: Path, before: str) -> bytes:
+    """Return the content of a file that had the SHA-256 `before`.
 
-
-def _skipped(stem: Path) -> Path:
-    return stem.with_suffix(".json")
-
-
-def _cached(stem: Path, total: int, wanted: ImageFormat) -> Skipped | None:
-    """Return what was skipped when the images were decoded; None if the cache is incomplete."""
-    try:
-        skipped = tuple((path, why) for path, why in json.loads(_skipped(stem).read_text()))
-        size = _pixels(stem).stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    return skipped if size == (total - len(skipped)) * math.prod(wanted.shape) else None
-
-
-def _decode_all(folder: DataFolder, paths: list[Path], wanted: ImageFormat, stem: Path) -> Skipped:
-    """Write the pixels of all readable images to the cache; return the unreadable ones."""
-    skipped = []
-    with replace_atomically(_pixels(stem)) as temporary, temporary.open("wb") as file:
-        for path, image in _decoded(paths, wanted):
-            if isinstance(image, UnreadableImage):
-                skipped.append((folder.relative(path), str(image)))
-            else:
-                file.write(np.ascontiguousarray(image).data)
-    with replace_atomically(_skipped(stem)) as temporary:
-        temporary.write_text(json.dumps(skipped))
-    return tuple(skipped)
+    Raises:
+        PipelineError: it has another one now.
+        UnreadableImage: it could not be read before either.
+    """
+    content, now = _content(path)
+    if now != before:
+        raise PipelineError(f"{path} was changed while the images were read. Run this again")
+    if isinstance(content, UnreadableImage):
+        raise content
+    return content
 
 
 def _decoded(
-    paths: list[Path], wanted: ImageFormat
-) -> Iterator[tuple[Path, np.ndarray | UnreadableImage]]:
-    def attempt(path: Path) -> np.ndarray | UnreadableImage:
+    paths: list[Path], contents: list[str], wanted: ImageFormat
+) -> Iterator[np.ndarray | UnreadableImage]:
+    """Yield the pixels of files that still have the SHA-256 `contents`, or why there are none."""
+
+    def attempt(path: Path, before: str) -> np.ndarray | UnreadableImage:
         try:
-            return preprocessing.decode(path, wanted)
+            return preprocessing.decode(read_unchanged(path, before), wanted)
         except UnreadableImage as error:
             return error
 
     # Threads, since Pillow decodes without the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), BLOCK):
-            block = paths[start : start + BLOCK]
-            yield from zip(block, pool.map(attempt, block), strict=True)
+            rows = slice(start, start + BLOCK)
+            yield from pool.map(attempt, paths[rows], contents[rows])
+
+
+def _pixels(stem: Path) -> Path:
+    return stem.with_suffix(".pixels")
+
+
+def _index(stem: Path) -> Path:
+    return stem.with_suffix(".json")
+
+
+def _write(stem: Path, decoded: Iterable[tuple[str, np.ndarray | UnreadableImage]]) -> None:
+    """Write the pixels of readable images to the cache; beside them the others and checksums."""
+    skipped: list[tuple[str, str]] = []
+    checks: list[int] = []
+    start = _start(stem)
+    with replace_atomically(_pixels(stem)) as temporary, temporary.open("wb") as file:
+        for name, image in decoded:
+            if isinstance(image, UnreadableImage):
+                skipped.append((name, str(image)))
+            else:
+                pixels = np.ascontiguousarray(image)
+                file.write(pixels.data)
+                checks.append(zlib.crc32(pixels.data, start))
+    checks.append(_check(tuple(skipped), start))
+    with replace_atomically(_index(stem)) as temporary:
+        temporary.write_text(json.dumps({"skipped": skipped, "checks": checks}))
+
+
+def _cached(stem: Path, total: int, wanted: ImageFormat) -> tuple[np.ndarray, Skipped] | None:
+    """Return the pixels of `total` images without the skipped ones, and these.
+
+    None if they were not decoded yet, or are not what was written.
+
+    Raises:
+        PipelineError: a file of the cache cannot be read.
+    """
+    found, start = None, _start(stem)
+    try:
+        index = json.loads(_index(stem).read_bytes())
+        skipped = tuple((path, why) for path, why in index["skipped"])
+        with _pixels(stem).open("rb") as file:
+            images, checks = _mapped(file, (total - len(skipped), *wanted.shape), start)
+        if [*checks, _check(skipped, start)] == index["checks"]:
+            found = images, skipped
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PipelineError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    # Damaged JSON may hold anything, in any depth.
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    if found is None:
+        log.warning("%s is damaged: the images are decoded again", _pixels(stem))
+    return found
+
+
+def _start(stem: Path) -> int:
+    """Return where checksums begin: with the name, so that they also tell another file by it."""
+    return zlib.crc32(stem.name.encode())
+
+
+def _check(skipped: Skipped, start: int) -> int:
+    return zlib.crc32(json.dumps(skipped).encode(), start)
+
+
+def _mapped(file: BinaryIO, shape: tuple[int, ...], start: int) -> tuple[np.ndarray, list[int]]:
+    """Map pixels into memory; return them, and the checksum of each image.
+
+    Raises:
+        ValueError: the file has another size.
+    """
+    if os.fstat(file.fileno()).st_size != math.prod(shape):
+        raise ValueError("another size")
+    if not shape[0]:
+        return np.empty(shape, np.uint8), []
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    images = np.frombuffer(mapped, np.uint8).reshape(shape)
+    blocks = [images[first : first + CHECKED] for first in range(0, len(images), CHECKED)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda block: [zlib.crc32(image, start) for image in block], blocks)
+        checks = list(chain.from_iterable(found))
+    mapped.madvise(mmap.MADV_DONTNEED)  # else all that was read counts as memory of the process
+    return images, checks
 
 
 def _delete_old(cache: Path) -> None:
-    newest_first = sorted(cache.glob("*.pixels"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for old in newest_first[CACHES_KEPT:]:
+    used = {}
+    for path in cache.glob("*.pixels"):
+        with suppress(FileNotFoundError):  # another process deleted it
+            used[path] = path.stat().st_mtime
+    for old in sorted(used, key=lambda path: used[path], reverse=True)[CACHES_KEPT:]:
         old.unlink(missing_ok=True)
         old.with_suffix(".json").unlink(missing_ok=True)

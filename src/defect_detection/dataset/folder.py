@@ -9,15 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.atomic import read_mapping
+from defect_detection.names import is_utf8
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
+from defect_detection.runtime.opening import MOST_PIXELS
 from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 from defect_detection.settings import Color, Config, InferenceExamples, from_root
 
@@ -44,12 +46,14 @@ class DataFolder:
         cache: folder of decoded images and of the photographs that were found.
         classes: names of the folders of each class, whatever their case.
         configured: options that name the configuration, for calls in messages.
+        most_pixels: that an image may have, for models that are trained on this folder.
     """
 
     path: Path
     cache: Path
     classes: Mapping[str, Sequence[str]] = field(default_factory=lambda: {n: [n] for n in CLASSES})
     configured: tuple[str, ...] = ()
+    most_pixels: int = MOST_PIXELS
 
     @classmethod
     def choose(
@@ -67,11 +71,11 @@ class DataFolder:
         Args:
             options: `--data` and `--config` as they were given.
             env: the environment.
-            config: names the folder, the cache and the class folders.
+            config: names the folder, the cache and the class folders, and the most pixels.
             default: another default folder than that of `config`.
 
         Raises:
-            PipelineError: the folder does not exist.
+            PipelineError: the folder does not exist, or its name is not UTF-8.
         """
         path = (
             Path(options.data)
@@ -82,9 +86,12 @@ class DataFolder:
             raise PipelineError(
                 f"{path} is not a folder. Name one with --data or DATA_PATH, or run 'make sample'"
             )
+        if not is_utf8(str(path.resolve())):
+            raise PipelineError(f"{path}: its name is not UTF-8, which MLflow needs. Rename it")
         classes = {POSITIVE: config.classes.defect, NEGATIVE: config.classes.ok}
         configured = ("--config", options.config) if options.config else ()
-        return cls(path.resolve(), from_root(config.paths.cache), classes, configured)
+        cache, most_pixels = from_root(config.paths.cache), config.model_parameters.most_pixels
+        return cls(path.resolve(), cache, classes, configured, most_pixels)
 
     def command(self, script: str, *more: str) -> str:
         """Return how to call a script with this folder."""
@@ -228,7 +235,8 @@ class DataFolder:
             raise PipelineError(f"{self.split_file} names no training image. Delete it")
         some = [paths[i] for i in np.linspace(0, len(paths) - 1, LOOKED_AT).astype(int)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            looks = [one for one in pool.map(_look_at, dict.fromkeys(some)) if one is not None]
+            looked = pool.map(partial(_look_at, most_pixels=self.most_pixels), dict.fromkeys(some))
+            looks = [one for one in looked if one is not None]
         coloured = sum(one.coloured for one in looks) > COLOURED_SHARE * len(looks)
         height, width = image_size
         usual = np.median([one.aspect for one in looks]) if looks else width / height
@@ -241,7 +249,8 @@ class DataFolder:
                 *(usual, width, height, max(tall, 32), max(wide, 32)),
             )
         bits = max((one.bits for one in looks if one.bits is not None), default=16)
-        return ImageFormat(height, width, 3 if color == "auto" and coloured else 1, bits=bits)
+        channels = 3 if color == "auto" and coloured else 1
+        return ImageFormat(height, width, channels, bits=bits, most_pixels=self.most_pixels)
 
     def examples(
         self, configured: InferenceExamples, say: Callable[[str], None]
@@ -285,11 +294,12 @@ class _Look:
     bits: int | None  # of a grey level, in files with two bytes for it
 
 
-def _look_at(path: Path) -> _Look | None:
+def _look_at(path: Path, most_pixels: int) -> _Look | None:
     """Look at a small copy of an image; None if it cannot be decoded."""
     try:
-        pixels = preprocessing.decode_within(path, 128, channels=3).astype(int)
-        bits = preprocessing.bits_of(path)
+        content = preprocessing.read_file(path)
+        bits = preprocessing.bits_of(content, most_pixels)
+        pixels = preprocessing.decode_within(content, 128, 3, bits, most_pixels).astype(int)
     except UnreadableImage:
         return None
     colour = pixels.max(-1) - pixels.min(-1) > COLOURFUL

@@ -16,7 +16,8 @@ from scipy.cluster.hierarchy import DisjointSet
 from defect_detection import progress
 from defect_detection.dataset import photograph_cache
 from defect_detection.dataset.candidates import Pair, PairSearch
-from defect_detection.dataset.photograph_cache import PhotographCache
+from defect_detection.dataset.photograph_cache import Damaged, PhotographCache
+from defect_detection.runtime.opening import MOST_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ DESCRIPTION = 1.0  # cost of finding an image's keypoints, where that of a compa
 COMPARISONS = 8  # for each image, at most, so that the cost stays linear
 
 
-def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
+def find(
+    contents: Mapping[str, Path], cache: Path, most_pixels: int = MOST_PIXELS
+) -> dict[str, int]:
     """Group images by the photograph they come from.
 
     Results are cached by content: a second call is fast, and only new images are searched for.
@@ -34,13 +37,22 @@ def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
     Args:
         contents: a readable image for each content's SHA-256.
         cache: folder of what is known already.
+        most_pixels: that the images may have.
 
     Returns:
         The number of its photograph for each content, from 0.
 
     Raises:
-        PipelineError: the cache cannot be used.
+        PipelineError: the cache cannot be used, or an image was changed meanwhile.
     """
+    try:
+        return _find(contents, cache, most_pixels)
+    except Damaged as error:
+        log.warning("%s: the images are compared again", error)
+        return _find(contents, cache, most_pixels)
+
+
+def _find(contents: Mapping[str, Path], cache: Path, most_pixels: int) -> dict[str, int]:
     digests = sorted(contents)
     with photograph_cache.opened(cache) as known:
         new = known.lacking(digests)
@@ -50,17 +62,16 @@ def find(contents: Mapping[str, Path], cache: Path) -> dict[str, int]:
         costs = {"describe": DESCRIPTION * len(new), "compare": float(len(new))}
         with progress.shown("Comparing images", costs) as shown:
             for start in range(0, len(new), BLOCK):
-                _describe(new[start : start + BLOCK], contents, known)
+                block = new[start : start + BLOCK]
+                files = [contents[one] for one in block]
+                found = photograph_cache.describe_files(block, files, most_pixels)
+                known.keep_features(block, found)
                 shown.reached("describe", min(1, (start + BLOCK) / len(new)))
             numbers = _group(digests, known, partial(shown.counted, "compare"))
         if new:
             seconds = time.perf_counter() - started
             log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
     return dict(zip(digests, numbers, strict=True))
-
-
-def _describe(block: list[str], contents: Mapping[str, Path], known: PhotographCache) -> None:
-    known.keep_features(block, photograph_cache.describe_files(contents[one] for one in block))
 
 
 def _group(
@@ -73,7 +84,8 @@ def _group(
     """
     joined, place = DisjointSet(digests), {digest: i for i, digest in enumerate(digests)}
     tested: set[Pair] = set()
-    for a, b, same in known.pairs():  # also through images that were deleted
+    searched, at_least = known.searched(digests)
+    for a, b, same in known.pairs(at_least):  # also through images that were deleted
         if same:
             joined.add(a)
             joined.add(b)
@@ -86,7 +98,6 @@ def _group(
         first: dict[str, int] = {}
         return np.array([first.setdefault(joined[one], len(first)) for one in digests], int)
 
-    searched = known.searched(digests)
     new = [digest for digest in digests if digest not in searched]
     if new and len(digests) > 1:
         search = PairSearch(known, digests, new)

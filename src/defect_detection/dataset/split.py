@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,12 @@ class Dataset(Decoded):
     def images_as(self, wanted: ImageFormat) -> np.ndarray:
         """Return the same images in another format, uint8 (n, *wanted.shape).
 
+        They are all readable, so the most pixels of `wanted` do not count.
+
         Raises:
             PipelineError: the files have changed since this data set was read.
         """
+        wanted = replace(wanted, most_pixels=self.format.most_pixels)
         if wanted == self.format:
             return self.images
         again = decoded.decode(
@@ -201,7 +204,8 @@ def _find_photographs(folder: DataFolder, sides: Sequence[Decoded]) -> dict[str,
         for content, path in zip(side.contents, side.paths, strict=True)
     }
     files = {content: folder.path / path for path, content in contents.items()}
-    found = photographs.find(files, folder.cache)
+    most_pixels = max(side.format.most_pixels for side in sides)
+    found = photographs.find(files, folder.cache, most_pixels)
     return {path: found[content] for path, content in contents.items()}
 
 

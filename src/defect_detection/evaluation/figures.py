@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, SymmetricalLogLocat
 
 from defect_detection.dataset.audit import Audit
 from defect_detection.evaluation.metrics import Scores
+from defect_detection.names import printable
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import (
     ACCURACY_THRESHOLD,
@@ -20,6 +21,7 @@ from defect_detection.runtime.decision import (
     OperatingPoint,
     is_defect,
 )
+from defect_detection.runtime.opening import MOST_PIXELS
 
 PAIRS_SHOWN = 12
 LINEAR = 10  # images of a bar up to which the scale of a histogram is linear
@@ -28,14 +30,15 @@ TRAINING, VALIDATION, QUIET = "#5b7fae", "#d1622b", "#8a8a8a"
 RIGHT, WRONG = "#4a8fd0", "#d1622b"
 
 
-def contact_sheet(folder: Path, audit: Audit) -> Figure:
-    """Draw the worst findings of an audit, two images for each."""
+def contact_sheet(folder: Path, audit: Audit, most_pixels: int = MOST_PIXELS) -> Figure:
+    """Draw the worst findings of an audit, two images for each, of at most so many pixels."""
     worst = audit.worst()
     shown = worst[:PAIRS_SHOWN]
     rows = max(1, -(-len(shown) // 3))
     figure = Figure(figsize=(12, 0.6 + 2.7 * rows), dpi=120, layout="constrained")
     title = f"The {len(shown)} worst of {len(worst)} findings" if worst else "Nothing found"
-    figure.suptitle(f"{title}\n{audit.folder}", fontsize=11)
+    # A dollar in a name begins no formula.
+    figure.suptitle(f"{title}\n{printable(audit.folder)}", fontsize=11, parse_math=False)
     cells = figure.subplots(rows, 3, squeeze=False).ravel()
     for axes in cells:
         axes.set_axis_off()
@@ -43,10 +46,11 @@ def contact_sheet(folder: Path, audit: Audit) -> Figure:
         axes.set_title(what, fontsize=10, fontweight="bold", loc="left")
         for column, path in enumerate(pair):
             place = axes.inset_axes((0.48 * column, 0.1, 0.46, 0.9))
-            place.imshow(preprocessing.decode_within(folder / path, 256, 3))
+            image = preprocessing.decode_within(folder / path, 256, 3, None, most_pixels)
+            place.imshow(image)
             place.set_axis_off()
-            parent, _, name = path.rpartition("/")
-            place.set_title(f"{parent}/\n{name}", fontsize=7, loc="left", y=-0.2)
+            parent, _, name = printable(path).rpartition("/")
+            place.set_title(f"{parent}/\n{name}", fontsize=7, loc="left", y=-0.2, parse_math=False)
     return figure
 
 

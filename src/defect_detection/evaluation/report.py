@@ -21,6 +21,7 @@ from defect_detection.evaluation.metrics import Rate
 from defect_detection.evaluation.release import Registration
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.evaluation.robustness import REPEATS, Robustness
+from defect_detection.names import printable
 from defect_detection.registry.versions import PRODUCTION_ALIAS
 from defect_detection.runtime import heatmap, preprocessing
 from defect_detection.runtime.decision import (
@@ -250,11 +251,12 @@ def _right(evaluation: Evaluation) -> list[tuple[str, list[Shown]]]:
 
 def _show(evaluation: Evaluation, row: int, others: int) -> Shown:
     testing, takes = evaluation.split.testing, evaluation.takes
-    image = preprocessing.decode_within(testing.file(row), SHOWN_SIDE, takes.channels, takes.bits)
+    content, most = testing.content(row), testing.format.most_pixels
+    image = preprocessing.decode_within(content, SHOWN_SIDE, takes.channels, takes.bits, most)
     drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
     probability = float(evaluation.probabilities[row])
     return Shown(
-        path=testing.paths[row],
+        path=printable(testing.paths[row]),
         probability=probability,
         others=others,
         review=bool(evaluation.point.needs_review(np.array(probability))),

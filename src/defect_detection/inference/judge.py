@@ -99,7 +99,9 @@ class Heatmaps:
         from defect_detection.runtime import heatmap, preprocessing
 
         takes = classifier.takes
-        image = preprocessing.decode_within(item.source, HEATMAP_SIDE, takes.channels, takes.bits)
+        image = preprocessing.decode_within(
+            item.source, HEATMAP_SIDE, takes.channels, takes.bits, takes.most_pixels
+        )
         drawn = heatmap.draw(image, verdict.evidence, takes, classifier.full_evidence)
         path = PurePath("stdin" if item.path == "-" else os.path.abspath(item.path))
         name = path.name.encode(errors="replace").decode()

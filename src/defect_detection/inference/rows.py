@@ -18,7 +18,7 @@ from typing import get_args
 
 from defect_detection import PipelineError
 from defect_detection.atomic import defused, replace_atomically, restored
-from defect_detection.cli import printable
+from defect_detection.names import printable
 from defect_detection.runtime.classifier import Verdict, VerdictName
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from defect_detection import PipelineError
 from defect_detection.inference.judge import Item
 from defect_detection.runtime.preprocessing import (
     FORMATS,
-    LARGEST_FILE,
+    MOST_BYTES,
+    OTHER_IMAGES,
     SUFFIXES,
     UnreadableImage,
     files_below,
@@ -22,10 +23,7 @@ from defect_detection.runtime.preprocessing import (
 log = logging.getLogger(__name__)
 
 # Images that cannot be read here. Whoever names their folder asks about them too.
-OTHER_IMAGES = (
-    *(".heic", ".heif", ".avif", ".gif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
-    *(".raf", ".pgm", ".ppm", ".pnm", ".svg", ".psd", ".exr", ".ico"),
-)
+
 Failed = Callable[[str, OSError], object]
 
 
@@ -194,10 +192,10 @@ def _lines(file: str) -> Iterator[str]:
 def _standard_input() -> bytes | UnreadableImage:
     content = bytearray()
     if sys.stdin is not None:
-        while len(content) <= LARGEST_FILE and (read := sys.stdin.buffer.read(2**20)):
+        while len(content) <= MOST_BYTES and (read := sys.stdin.buffer.read(2**20)):
             content += read
     if not content:
         raise PipelineError("standard input holds no image (0 bytes)")
-    if len(content) > LARGEST_FILE:
-        return UnreadableImage(f"is larger than {LARGEST_FILE / 2**30:.0f} GiB")
+    if len(content) > MOST_BYTES:
+        return UnreadableImage(f"is larger than {MOST_BYTES / 1e9:g} GB")
     return bytes(content)

@@ -6,6 +6,7 @@ from defect_detection.evaluation import labels
 from defect_detection.evaluation.labels import LabelError
 from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
+from defect_detection.names import printable
 from defect_detection.pipeline import record
 from defect_detection.pipeline.fit import FitPlan, Fold
 from defect_detection.pipeline.record import CROSS_VALIDATED, Trained
@@ -35,8 +36,8 @@ def label_errors(found: list[LabelError]) -> None:
     if found:
         first = found[0]
         print(
-            f"  {len(found)} likely label errors, in {labels.FILE} of the run; first {first.path} "
-            f"with a confidence of {first.confidence:.3f}"
+            f"  {len(found)} likely label errors, in {labels.FILE} of the run; first "
+            f"{printable(first.path)} with a confidence of {first.confidence:.3f}"
         )
 
 

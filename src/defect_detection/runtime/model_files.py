@@ -23,6 +23,7 @@ from defect_detection.runtime.decision import (
     OperatingPoint,
 )
 from defect_detection.runtime.ood import OodDetector
+from defect_detection.runtime.opening import MOST_PIXELS
 from defect_detection.runtime.preprocessing import DEPTHS, ImageFormat, Shaping
 
 FLAVOUR = "litert"
@@ -60,6 +61,7 @@ class ServedModel:
             "channels": self.takes.channels,
             "fit": self.takes.fit,
             "bits": self.takes.bits,
+            "most_pixels": self.takes.most_pixels,
             "class_names": list(CLASSES),
             "positive_class": POSITIVE,
             "quantize": self.quantize,
@@ -114,6 +116,7 @@ class ServedModel:
                 *(height, width, entry.get("channels", 1)),
                 fit=entry.get("fit", "stretch"),
                 bits=entry.get("bits", 16),
+                most_pixels=entry.get("most_pixels", MOST_PIXELS),
             ),
             point=point,
             ood=(

@@ -1,26 +1,39 @@
 """The one way from an image file to pixels, for training, evaluation and serving."""
 
-import io
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from defect_detection import PipelineError
+from defect_detection.runtime import opening
+from defect_detection.runtime.opening import FORMATS, MOST_PIXELS, TooLarge
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tiff", ".tif", ".webp")
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".tiff", ".tif", ".webp")
+# Of images that cannot be read: whoever asks for a verdict on such a file must hear of it.
+OTHER_IMAGES = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".gif", ".apng"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+    *(".pgm", ".ppm", ".pnm", ".pbm", ".pam", ".pfm", ".tga", ".pcx", ".dib", ".ico", ".icns"),
+    *(".svg", ".psd", ".psb", ".xcf", ".exr", ".hdr", ".dds", ".dcm", ".raw"),
+)
+MOST_BYTES = 10**9  # of a file
 # Part of the cache's key: change it whenever `decode` returns other pixels.
 PREPROCESSING = "bilinear-2"
+TURNS: dict[object, Image.Transpose] = {  # by the orientation that EXIF says
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180},
+    **{4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE},
+    **{6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
+}
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey level in files with two bytes for it
 BORDER = 127  # grey of the borders of a letterboxed image
-LARGEST_FILE = 2**30  # bytes
 
 Shaping = Literal["letterbox", "stretch"]
 
@@ -37,6 +50,7 @@ class ImageFormat:
             were trained before there were borders.
         bits: of a grey level in files with two bytes for it, one of `DEPTHS`; cameras of 12 bits
             use the lower ones only, and no field of the file says so.
+        most_pixels: that an image may have before it is reduced.
     """
 
     height: int
@@ -44,6 +58,7 @@ class ImageFormat:
     channels: int = 1
     fit: Shaping = "letterbox"
     bits: int = 16
+    most_pixels: int = MOST_PIXELS
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -127,29 +142,50 @@ def _entries(
     return sorted(files), sorted(folders)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path | str) -> bytes:
     """Return the content of an image file.
 
-    What is no regular file is not even opened: a FIFO waits for a writer, a device may never end.
+    Only regular files are read: a named pipe or a device may keep its reader waiting for ever.
 
     Raises:
-        UnreadableImage: it is no regular file, or too large.
-        OSError: it is missing or cannot be read.
+        UnreadableImage: it is missing, no regular file or too large, or may not be read.
     """
-    _require_regular(os.stat(path))
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as file:
-        _require_regular(os.fstat(descriptor))  # it may be another file by now
-        return file.readall()
+    with _open_regular(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise UnreadableImage(f"cannot be read ({error.strerror})") from error
 
 
-def _require_regular(status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise UnreadableImage("is a folder")
+def _open_regular(path: Path | str) -> BinaryIO:
+    try:
+        file = open(path, "rb", opener=_open_without_waiting)
+    except FileNotFoundError as error:
+        raise UnreadableImage("does not exist") from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # of sockets, and of devices that are not there
+            raise UnreadableImage(_irregular(os.stat(path).st_mode)) from error
+        raise UnreadableImage(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # no file can have this name
+        raise UnreadableImage(f"cannot be read ({error})") from error
+    status, refused = os.fstat(file.fileno()), ""
     if not stat.S_ISREG(status.st_mode):
-        raise UnreadableImage("is no regular file")
-    if status.st_size > LARGEST_FILE:
-        raise UnreadableImage(f"is larger than {LARGEST_FILE / 2**30:.0f} GiB")
+        refused = _irregular(status.st_mode)
+    elif status.st_size > MOST_BYTES:
+        refused = f"has {status.st_size / 1e9:.1f} GB, at most {MOST_BYTES / 1e9:g} GB is read"
+    if refused:
+        file.close()
+        raise UnreadableImage(refused)
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
+
+
+def _irregular(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')}; only regular files are read"
 
 
 def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
@@ -163,7 +199,8 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
         uint8 array of shape `wanted.shape`, 0 = black.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, or in none of these formats.
+        UnreadableImage: the file is missing, empty, truncated, in none of these formats, too large
+            or no regular file.
     """
     height, width, channels = wanted.shape
 
@@ -173,7 +210,7 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
         scale = min(height / image_height, width / image_width)
         return max(1, round(image_height * scale)), max(1, round(image_width * scale))
 
-    with _opened(source) as image:
+    with _opened(source, wanted.most_pixels) as image:
         pixels = _sized(image, max(height, width), channels, wanted.bits, inside)
     if pixels.shape == wanted.shape:
         return pixels
@@ -184,7 +221,11 @@ def decode(source: Path | bytes, wanted: ImageFormat) -> np.ndarray:
 
 
 def decode_within(
-    source: Path | bytes, longest: int, channels: int = 1, bits: int | None = None
+    source: Path | bytes,
+    longest: int,
+    channels: int = 1,
+    bits: int | None = None,
+    most_pixels: int = MOST_PIXELS,
 ) -> np.ndarray:
     """Decode an image and keep its aspect ratio.
 
@@ -193,6 +234,7 @@ def decode_within(
         longest: the longer side of the result, in pixels.
         channels: 1 for grey; 3 for red, green and blue.
         bits: as those of `ImageFormat`; None for what this image uses.
+        most_pixels: as those of `ImageFormat`.
 
     Returns:
         uint8 array of shape (height, width, channels), the longer side `longest` pixels.
@@ -205,13 +247,13 @@ def decode_within(
         scale = longest / max(width, height)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    with _opened(source) as image:
+    with _opened(source, most_pixels) as image:
         return _sized(
             image, longest, channels, bits or _bits_of(image) or DEPTHS[-1], in_proportion
         )
 
 
-def bits_of(path: Path) -> int | None:
+def bits_of(source: Path | bytes, most_pixels: int = MOST_PIXELS) -> int | None:
     """Return how many bits the grey levels of an image use, one of `DEPTHS`.
 
     None if the file has one byte for each, as most have.
@@ -219,27 +261,33 @@ def bits_of(path: Path) -> int | None:
     Raises:
         UnreadableImage: as `decode` raises it.
     """
-    with _opened(path) as image:
+    with _opened(source, most_pixels) as image:
         return _bits_of(image)
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes, most_pixels: int) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong in the block is said of the image."""
-    try:
+    with _said_of_the_image():
         content = source if isinstance(source, bytes) else read_file(source)
         if not content:
             raise UnreadableImage("is empty (0 bytes)")
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.mode == "F":
-                raise UnreadableImage("has grey levels of floating point")
-            yield image
+        image = opening.opened(content, most_pixels)
+        if image is None:
+            raise UnreadableImage(f"is none of {', '.join(FORMATS)}")
+        if image.mode == "F":
+            raise UnreadableImage("has grey levels of floating point")
+        yield image
+
+
+@contextmanager
+def _said_of_the_image() -> Iterator[None]:
+    try:
+        yield
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(f"is none of {', '.join(FORMATS)}") from error
-    except FileNotFoundError as error:
-        raise UnreadableImage("does not exist") from error
+    except TooLarge as error:
+        raise UnreadableImage(str(error)) from error
     # Pillow raises a dozen kinds of errors for broken files, SyntaxError among them.
     except Exception as error:
         raise UnreadableImage(f"cannot be decoded ({error})") from error
@@ -256,12 +304,16 @@ def _sized(
     mode = "L" if channels == 1 else "RGB"
     # JPEG can decode at 1/2, 1/4 or 1/8 of its size, never below the requested size.
     image.draft(mode, (longest, longest))
-    upright: Image.Image = ImageOps.exif_transpose(image)
+    image.load()
+    turn = TURNS.get(image.getexif().get(opening.ORIENTATION))
+    # A large image has no room for copies that change nothing.
+    upright = image if turn is None else image.transpose(turn)
     if upright.mode.startswith("I"):  # two bytes a grey level, which convert() would clip at 255
         levels = np.minimum(_levels(upright) >> (bits - 8), 255)
         upright = Image.fromarray(levels.astype(np.uint8))
     height, width = choose(*upright.size)
-    sized = upright.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+    in_mode = upright if upright.mode == mode else upright.convert(mode)
+    sized = in_mode.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(sized).reshape(height, width, channels)
 
 
@@ -281,8 +333,15 @@ def _levels(image: Image.Image) -> np.ndarray:
 
 
 def dimensions(path: Path) -> tuple[int, int]:
-    """Return the width and height of a readable image in pixels, without decoding it."""
-    with Image.open(path, formats=FORMATS) as image:
+    """Return the width and height of an image in pixels, without decoding it.
+
+    Raises:
+        UnreadableImage: as `decode` raises it.
+    """
+    with _said_of_the_image(), _open_regular(path) as file:
+        image = opening.reader(file)
+        if image is None:
+            raise UnreadableImage(f"is none of {', '.join(FORMATS)}")
         return image.size
 
 

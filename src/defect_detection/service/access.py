@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from flask import abort, g, request
 
-from defect_detection.cli import printable
+from defect_detection.names import printable
 
 READING = ("GET", "HEAD", "OPTIONS")
 LONGEST_PROGRAM = 80  # characters of the header User-Agent that are kept

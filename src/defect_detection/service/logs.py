@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from defect_detection.cli import printable
+from defect_detection.names import printable
 
 LONGEST_LINE = 1000  # characters
 FILE_BYTES, OLD_FILES = 5_000_000, 2

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from flask import Blueprint, Response, abort, g, jsonify, request, url_for
 
 from defect_detection import PipelineError, settings
-from defect_detection.cli import printable
+from defect_detection.names import printable
 from defect_detection.service import job_files
 from defect_detection.service.job_files import Job
 from defect_detection.service.jobs import Busy, Jobs

@@ -1,16 +1,19 @@
 """The output of the frozen layers for images and their variants, computed once.
 
 The frozen layers never change, so all sets, all folds and the next training use the same features.
-They are kept in a file from which a fit reads what it needs.
+They are kept in a file from which a fit reads what it needs. Each row has a checksum, since a file
+that a crash or a disk has damaged may have the right size.
 """
 
 import fcntl
 import hashlib
-import math
+import logging
+import mmap
 import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,12 +34,15 @@ from defect_detection.training import augmentation, network
 from defect_detection.training.augmentation import Augmentation
 from defect_detection.training.network import keras, tf
 
+log = logging.getLogger(__name__)
+
 BATCH = 16
 MOST_PLAIN = 1000  # images of a class without variation, for validation
 # Shares of the variants; a fit weighs both classes the same nevertheless.
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
 GENTLE = 0.3  # share of the variants that are gentle
 FILES_KEPT = 3
+LAYOUT = 2  # of a file: part of its name
 PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
 
 
@@ -45,8 +51,9 @@ class Features:
     """Features of plain images and of variants.
 
     Attributes:
-        path: the file of values, float16 (m, height, width, channels).
-        shape: of these values.
+        path: the file of values.
+        mapped: the file in memory, so that no other takes its place.
+        shape: of its values, (m, height, width, channels).
         rows: (n,) the rows of the file that belong to these features.
         labels: float32 (n,), 1 = defect.
         images: (n,) the number of the image that each comes from.
@@ -57,6 +64,7 @@ class Features:
     """
 
     path: Path
+    mapped: mmap.mmap
     shape: tuple[int, int, int, int]
     rows: np.ndarray
     labels: np.ndarray
@@ -70,16 +78,15 @@ class Features:
         return len(self.rows)
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the values of some rows, float16 (k, height, width, channels).
-
-        The file is mapped for each call, since pages that were read count as the process's memory
-        while the file is mapped.
-        """
-        return np.memmap(self.path, np.float16, "r", shape=self.shape)[self.rows[numbers]]
+        """Return the values of some rows, float16 (k, height, width, channels)."""
+        values = np.frombuffer(self.mapped, _kind(self.shape))["values"][self.rows[numbers]]
+        self.mapped.madvise(mmap.MADV_DONTNEED)  # else what was read counts as the process's memory
+        return values
 
     def choose(self, numbers: np.ndarray) -> "Features":
         """Return some rows only."""
-        names = [field.name for field in fields(self) if field.name not in ("path", "shape")]
+        whole = ("path", "mapped", "shape")
+        names = [field.name for field in fields(self) if field.name not in whole]
         return replace(self, **{name: getattr(self, name)[numbers] for name in names})
 
     def among(self, images: np.ndarray) -> "Features":
@@ -116,11 +123,12 @@ def compute(
     path = sampling.cache / f"features-{_key(layers, data, planned, sampling.seed)}"
     batches = partial(_batches, layers, data, planned, sampling.seed)
     try:
-        _complete(path, shape, batches, on_share)
+        mapped = _complete(path, shape, batches, on_share)
     except OSError as error:
         raise PipelineError(f"{path}: cannot be written ({error.strerror})") from error
     return Features(
         path=path,
+        mapped=mapped,
         shape=shape,
         rows=np.arange(len(planned.images)),
         labels=np.where(planned.blemished, 1, data.labels[planned.images]).astype(np.float32),
@@ -132,9 +140,9 @@ def compute(
     )
 
 
-def _bytes(shape: tuple[int, int, int, int]) -> int:
-    """Return the size of a file of values, in bytes."""
-    return 2 * math.prod(shape)
+def _kind(shape: tuple[int, int, int, int]) -> np.dtype:
+    """Return the type of a row of a file: its values and their checksum."""
+    return np.dtype([("values", np.float16, shape[1:]), ("checksum", np.uint32)])
 
 
 def _complete(
@@ -142,41 +150,73 @@ def _complete(
     shape: tuple[int, int, int, int],
     batches: Callable[[int], Iterator[np.ndarray]],
     on_share: Callable[[float], None],
-) -> None:
-    """Write what is missing of a file of values; `batches` yields it from a row on.
+) -> mmap.mmap:
+    """Write what is missing of a file of values and map it; `batches` yields it from a row on.
 
     One process at a time computes values; others wait for it and use them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(PART).open("ab") as part:
+    unfinished, size = path.with_suffix(PART), shape[0] * _kind(shape).itemsize
+    with unfinished.open("ab+") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
-        if path.exists() and path.stat().st_size == _bytes(shape):
-            path.with_suffix(PART).unlink(missing_ok=True)
-        else:
-            _write(part, shape, batches, on_share)
-            path.with_suffix(PART).rename(path)
-        os.utime(path)  # used now
+        if path.exists():
+            with path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) == size and _sound(file, path, shape) == shape[0]:
+                    unfinished.unlink(missing_ok=True)
+                    os.utime(path)  # used now
+                    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            log.warning("%s is damaged: the features are computed again", path)
+            path.unlink()
+        _write(part, path, shape, batches, on_share)
+        unfinished.rename(path)
+        os.utime(path)
+        return mmap.mmap(part.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _write(
     part: BinaryIO,
+    path: Path,
     shape: tuple[int, int, int, int],
     batches: Callable[[int], Iterator[np.ndarray]],
     on_share: Callable[[float], None],
 ) -> None:
-    """Write the values that an interrupted computation left to do."""
-    cache, each = Path(part.name).parent, _bytes((1, *shape[1:]))
-    _delete_old(cache)
-    begun = part.seek(0, os.SEEK_END) // (BATCH * each) * BATCH
-    part.truncate(begun * each)
-    _require_room(cache, _bytes(shape) - begun * each)
+    """Write the rows that an interrupted computation left to do."""
+    kind = _kind(shape)
+    _delete_old(path.parent)
+    begun = _sound(part, path, shape) // BATCH * BATCH
+    part.truncate(begun * kind.itemsize)
+    _require_room(path.parent, (shape[0] - begun) * kind.itemsize)
     done = begun
     for values in batches(begun):
-        part.write(np.ascontiguousarray(values, np.float16).data)
+        rows = np.empty(len(values), kind)
+        rows["values"] = values
+        rows["checksum"] = _checksums(rows, path)
+        part.write(rows.tobytes())
         done += len(values)
         on_share((done - begun) / (shape[0] - begun))
     part.flush()
     os.fsync(part.fileno())
+
+
+def _sound(file: BinaryIO, path: Path, shape: tuple[int, int, int, int]) -> int:
+    """Return how many rows from the first on are what was written for the file `path`."""
+    kind = _kind(shape)
+    count = min(shape[0], file.seek(0, os.SEEK_END) // kind.itemsize)
+
+    def sound(first: int) -> np.ndarray:
+        size = min(BATCH, count - first) * kind.itemsize
+        rows = np.frombuffer(os.pread(file.fileno(), size, first * kind.itemsize), kind)
+        return rows["checksum"] == _checksums(rows, path)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [*pool.map(sound, range(0, count, BATCH)), np.zeros(1, bool)]
+    return int(np.argmin(np.concatenate(found)))
+
+
+def _checksums(rows: np.ndarray, path: Path) -> list[int]:
+    """Return checksums of rows; they begin with the name of the file, which says what they are."""
+    start = zlib.crc32(path.name.encode())
+    return [zlib.crc32(values, start) for values in rows["values"]]
 
 
 @dataclass(frozen=True)
@@ -234,7 +274,7 @@ def _by_photograph(rows: np.ndarray, photographs: np.ndarray) -> Iterator[np.nda
 
 def _key(layers: keras.Model | None, data: Dataset, planned: _Plan, seed: int) -> str:
     total = hashlib.sha256(Path(augmentation.__file__).read_bytes())
-    settled = (data.digest, data.format.key, len(data), seed, BATCH)
+    settled = (data.digest, data.format.key, len(data), seed, BATCH, LAYOUT)
     total.update(repr(settled).encode())
     for array in (planned.images, planned.varied, planned.gentle, planned.blemished):
         total.update(array.tobytes())
