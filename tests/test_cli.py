@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from defect_detection.cli import printable
+from defect_detection.names import printable
 
 FAIL = """
 import logging, sys
@@ -33,7 +33,7 @@ cli.run(main)
         ("a\r\nb\tc", r"a\r\nb\tc"),
         ("\x7f\x80\x9b\x85", r"\x7f\x80\x9b\x85"),
         ("\u202egnp.exe\u2066\u200f\u2028", r"\u202egnp.exe\u2066\u200f\u2028"),
-        ("\udc9b", r"\udc9b"),
+        ("\udc9b", r"\x9b"),
     ],
 )
 def test_what_a_terminal_obeys_is_shown_as_python_writes_it(text, shown):

@@ -132,7 +132,7 @@ def test_standard_input_without_an_image_is_refused(monkeypatch, stdin):
 
 
 def test_standard_input_without_an_end_is_an_error(monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_FILE", 2**22)
+    monkeypatch.setattr(sources, "MOST_BYTES", 2**22)
     with open("/dev/zero") as endless:
         monkeypatch.setattr(sys, "stdin", endless)
         (item,) = sources.items(["-"], None)

@@ -222,6 +222,7 @@ def test_the_most_pixels_of_a_model_are_saved_with_it(tmp_path):
         entry = ServedModel(b"", takes).save(tmp_path)
         if saved is None:  # as older versions were
             del entry["most_pixels"]
+        del entry["checksums"]
         (tmp_path / "MLmodel").write_text(yaml.safe_dump({"flavors": {"litert": entry}}))
         assert ServedModel.load(tmp_path).takes == expected
 
