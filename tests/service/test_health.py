@@ -8,7 +8,7 @@ import pytest
 
 from conftest import wait_for
 from defect_detection import StoreError
-from defect_detection.registry import versions
+from defect_detection.registry import promotion, versions
 from defect_detection.service import health
 from defect_detection.service.health import StoreWatch
 
@@ -19,10 +19,11 @@ FOUND = versions.Version("Production_Reg", 3, 0.9)
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
+def store(_store, monkeypatch):
     """Watch a store that answers what `said` holds, or does what that does."""
     monkeypatch.setattr(health, "LOOK_EVERY", 0.02)
-    watch = StoreWatch(f"sqlite:///{tmp_path}/mlflow.db", "Production_Reg")
+    monkeypatch.setattr(promotion, "check_record", lambda name: None)
+    watch = StoreWatch(_store, "Production_Reg")
     watch.said = lambda: FOUND
     monkeypatch.setattr(versions, "in_production", lambda _: watch.said())
     yield watch
