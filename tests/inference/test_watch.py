@@ -269,9 +269,9 @@ def test_what_cannot_be_read_is_given_up_once_and_returned_when_it_can(tmp_path,
     assert look(watch) == []
     clock.now += 0.2
     assert [(name, str(why), final) for name, why, final in look(watch)] == [
-        ("fifo.png", "is no regular file", True),
+        ("fifo.png", "is a named pipe; only regular files are read", True),
         ("photo.heic", "is none of JPEG, PNG, BMP, TIFF, WEBP", True),
-        ("zero.png", "is no regular file", True),
+        ("zero.png", "is a device; only regular files are read", True),
         ("gone.png", "does not exist", True),
     ]
     for _ in range(3):

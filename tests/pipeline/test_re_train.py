@@ -164,7 +164,7 @@ def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnabl
     former = former_cnn((64, 64, 1))
     ood = OodDetector.fit(rng.integers(0, 256, (20, 64, 64, 1), np.uint8))
     served = ServedModel(network.to_litert(former), ImageFormat(64, 64), ood=ood)
-    with store.connected(f"sqlite:///{project.root}/mlflow.db"):
+    with store.connected(f"sqlite:///{project.root}/mlflow.db", create=True):
         with mlflow.start_run(experiment_id=store.open_experiment("train/former")) as run:
             uri = saved_model.log(former, served, encoded(draw_part(rng, True)))
         version = versions.register(uri, run.info.run_id, 0.5, "", "Testing_Reg", {})

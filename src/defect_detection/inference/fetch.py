@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import PipelineError, StoreError, cli
+from defect_detection import PipelineError, StoreError, cli, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.inference.production import LocalVersion, Source, short_hash
 from defect_detection.runtime.model_files import ServedModel
@@ -92,7 +92,8 @@ def _report(version: "Version") -> str:
 
     run = version.tags.get(versions.EVALUATED_BY, "unknown")
     try:
-        return f"{mlflow.get_run(run).info.artifact_uri}/report.html"
+        uri = str(mlflow.get_run(run).info.artifact_uri)
+        return f"{uris.without_password(uri)}/report.html"
     except MlflowException:  # the run was deleted
         return f"report.html of the run {run}"
 

@@ -159,6 +159,9 @@ def read_file(path: Path | str) -> bytes:
 
 def _open_regular(path: Path | str) -> BinaryIO:
     try:
+        mode = os.stat(path).st_mode  # opening a pipe would wake its writer
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UnreadableImage(_irregular(mode))
         file = open(path, "rb", opener=_open_without_waiting)
     except FileNotFoundError as error:
         raise UnreadableImage("does not exist") from error
