@@ -41,6 +41,7 @@ class Known:
     point = POINT
     takes = TAKES
     full_evidence = None
+    litert_sha256 = ""
 
     def __init__(self, labels: np.ndarray):
         rng = np.random.default_rng(0)

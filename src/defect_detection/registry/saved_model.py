@@ -156,6 +156,8 @@ def fetched(model_uri: str) -> Iterator[Path]:
 
 def checksum(model_uri: str) -> str:
     """Return the SHA-256 of the checksums of a logged or registered model, "" if it has none."""
+    if not model_uri.startswith("models:/"):  # a folder
+        return ""
     client, name = MlflowClient(), model_uri.removeprefix("models:/")
     if "@" in name:
         return str(client.get_model_version_by_alias(*name.rsplit("@", 1)).tags.get(CHECKSUM, ""))
