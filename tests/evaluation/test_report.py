@@ -262,6 +262,7 @@ def test_without_defects_escapes_are_said_to_be_unknown(drawn):
         labels=testing.labels[good],
         photographs=testing.photographs[good],
         paths=tuple(testing.paths[row] for row in good),
+        contents=tuple(testing.contents[row] for row in good),
     )
     alone = replace(
         drawn,
