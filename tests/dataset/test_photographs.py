@@ -280,6 +280,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [*DAMAGES, text_that_is_none])
 def test_damaged_cache_is_made_again_with_a_line(tmp_path, find, three, damage, caplog):
     expected = find(three[0])
@@ -297,6 +298,7 @@ def test_damaged_cache_is_made_again_with_a_line(tmp_path, find, three, damage, 
 COLUMNS = ("points", "descriptors", "hashes", "pixels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "value"),
     [
@@ -341,6 +343,7 @@ def test_keypoints_under_the_digest_of_another_image_are_noticed(tmp_path, find,
     assert found["a"] == found["a2"] == found["a3"] != found["b"] == found["b2"] != found["c"]
 
 
+@pytest.mark.slow
 def test_any_damage_is_noticed_or_does_no_harm(tmp_path, find, three):
     """Blocks of the file are zeroed or changed, as disks and crashes do it."""
     find(three[0])
