@@ -251,8 +251,8 @@ def _right(evaluation: Evaluation) -> list[tuple[str, list[Shown]]]:
 
 def _show(evaluation: Evaluation, row: int, others: int) -> Shown:
     testing, takes = evaluation.split.testing, evaluation.takes
-    file, most = testing.file(row), testing.format.most_pixels
-    image = preprocessing.decode_within(file, SHOWN_SIDE, takes.channels, takes.bits, most)
+    content, most = testing.content(row), testing.format.most_pixels
+    image = preprocessing.decode_within(content, SHOWN_SIDE, takes.channels, takes.bits, most)
     drawn = heatmap.draw(image, evaluation.maps[row], takes, evaluation.full_evidence)
     probability = float(evaluation.probabilities[row])
     return Shown(
