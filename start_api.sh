@@ -41,13 +41,7 @@ mkdir -p "$state"
 running() {
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) || return 0
-    if locked; then
-        echo "$pid"
-        return
-    fi
-    case $(ps -p "$pid" -o command= 2>/dev/null) in
-    *" api.py") if healthy "$pid"; then echo "$pid"; fi ;;
-    esac
+    if locked || healthy "$pid"; then echo "$pid"; fi
 }
 
 locked() {

@@ -14,6 +14,7 @@ from defect_detection.inference.production import Production
 from defect_detection.registry import store as stores
 from defect_detection.registry import versions
 from defect_detection.service.app import create_app
+from defect_detection.service.health import StoreWatch
 from defect_detection.service.jobs import Jobs
 
 LOST = {
@@ -105,8 +106,10 @@ def test_scripts_that_judge_make_no_store(project, script):
 
 def test_health_makes_no_store(tmp_path):
     jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
-    app = create_app(jobs, f"sqlite:///{tmp_path}/store/mlflow.db", "Production_Reg", None)
-    assert app.test_client().get("/health").json["store"] == "unreachable"
+    store = StoreWatch(f"sqlite:///{tmp_path}/store/mlflow.db", "Production_Reg")
+    store.look()
+    health = create_app(jobs, store, None).test_client().get("/health")
+    assert health.json["store"] == "unreachable"
     assert not (tmp_path / "store").exists()
 
 

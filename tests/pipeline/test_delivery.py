@@ -86,7 +86,7 @@ class Training:
 
 def test_store_that_is_locked_for_a_while_gets_everything_at_the_end(training):
     uri = f"sqlite:///{training.root / 'mlflow.db'}"
-    with stores.connected(uri):
+    with stores.connected(uri, create=True):
         stores.open_experiment("first")
     running = Training(training, uri)
     running.read_until("epoch 1 of")
@@ -175,6 +175,8 @@ def test_run_of_a_killed_training_does_not_stay_running(training):
 def test_damaged_remains_of_a_training_are_named_and_stop_nothing(training):
     remains = training.cache / "undelivered" / "damaged"
     remains.mkdir(parents=True)
+    with stores.connected(f"sqlite:///{training.root / 'mlflow.db'}", create=True):
+        stores.open_experiment("first")
     for content in ("", "null", "[]", '{"trained": 1}'):
         (remains / "training.json").write_text(content)
         done = training.run("src/train.py", "--sync")
