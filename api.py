@@ -28,7 +28,7 @@ from defect_detection.service.app import create_app  # noqa: E402
 from defect_detection.service.jobs import Jobs  # noqa: E402
 from defect_detection.settings import RetrainConfig  # noqa: E402
 
-FIRST_LOOK = 2.5  # seconds, for which serving waits to know the store
+FIRST_LOOK = 2.5  # seconds to wait at most for the first look at the store
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def arguments(env: Mapping[str, str]) -> argparse.Namespace:
 
 
 def port(text: str) -> int:
-    """Read a port; an exception that argparse does not know passes it by.
+    """Read a port.
 
     Raises:
         PipelineError: it is no number, or out of range.

@@ -37,7 +37,7 @@ mkdir -p "$state"
 
 # The process id of the running API, empty if none runs. api.py locks its PID file as long as it
 # lives; a number in the file alone proves nothing, as it may belong to another program by now. An
-# API from before it did so has to say itself that it is this process.
+# API of a former version locks nothing, so its /health must confirm the number.
 running() {
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) || return 0
@@ -108,12 +108,14 @@ stop)
     ;;
 status)
     pid=$(running)
-    if [ -n "$pid" ] && healthy "$pid"; then
-        echo "The API is running (process $pid, port $port)"
-    else
+    if [ -z "$pid" ]; then
         echo "The API is not running"
         exit 1
+    elif ! healthy "$pid"; then
+        echo "The API (process $pid) does not answer on port $port"
+        exit 1
     fi
+    echo "The API is running (process $pid, port $port)"
     ;;
 *)
     echo "usage: ./start_api.sh [start|stop|status]" >&2

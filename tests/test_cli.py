@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from conftest import ROOT
-from defect_detection.names import printable
 
 FAIL = """
 import logging, sys
@@ -23,21 +22,6 @@ def main():
 
 cli.run(main)
 """
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Gehäuse – Ø 12 µm, 部品, ✓.png", "Gehäuse – Ø 12 µm, 部品, ✓.png"),
-        ("\x1b[31m\x07", r"\x1b[31m\x07"),
-        ("a\r\nb\tc", r"a\r\nb\tc"),
-        ("\x7f\x80\x9b\x85", r"\x7f\x80\x9b\x85"),
-        ("\u202egnp.exe\u2066\u200f\u2028", r"\u202egnp.exe\u2066\u200f\u2028"),
-        ("\udc9b", r"\x9b"),
-    ],
-)
-def test_what_a_terminal_obeys_is_shown_as_python_writes_it(text, shown):
-    assert printable(text) == shown
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "os"])

@@ -18,12 +18,27 @@ from defect_detection.names import is_utf8, printable
         ("\x1b[31mred\x07.png", r"\x1b[31mred\x07.png"),
         (os.fsdecode(b"part_\xff.png"), r"part_\xff.png"),
         ("gnp.\u202eexe", r"gnp.\u202eexe"),
+        ("\x7f\x80\x9b\x85", r"\x7f\x80\x9b\x85"),
+        ("\u2066\u200f\u2028", r"\u2066\u200f\u2028"),
+        ("\udc9b", r"\x9b"),
         ("", ""),
     ],
 )
 def test_what_would_not_stand_in_a_line_is_escaped(name, shown):
     assert printable(name) == shown
     assert printable(name).isprintable() and is_utf8(printable(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a" * 18, "a" * 18),
+        ("a" * 19, "a" * 15 + "..."),
+        ("\n" * 300_000, "\\n" * 7 + "\\..."),
+    ],
+)
+def test_line_of_limited_length(text, shown):
+    assert printable(text, 18) == shown
 
 
 @pytest.mark.parametrize("name", [b"part_\xff.png", b"\xc3\x28", b"gr\xf6\xdfe"])

@@ -17,18 +17,26 @@ from defect_detection.names import printable
 DATA_OPTIONS = ("data", "config")
 
 
-class _Formatter(logging.Formatter):
-    """Makes messages and tracebacks printable."""
+class Formatter(logging.Formatter):
+    """One line for each message, whatever is in it, and one for each line of a traceback."""
+
+    def __init__(self, most: int | None = None, indent: str = ""):
+        """Show `most` characters of a line, None for all; indent the lines of a traceback."""
+        super().__init__("%(message)s")
+        self._most, self._indent = most, indent
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        """Return the message."""
+        return printable(super().formatMessage(record), self._most)
 
     def formatException(
         self,
         raised: tuple[type[BaseException], BaseException, TracebackType | None]
         | tuple[None, None, None],
     ) -> str:
-        return "\n".join(map(printable, super().formatException(raised).split("\n")))
+        """Return the lines of a traceback."""
+        lines = super().formatException(raised).split("\n")
+        return "\n".join(self._indent + printable(line, self._most) for line in lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +108,7 @@ def uninterrupted() -> Iterator[None]:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit with its exit code, or with an error in one line and 1."""
     shown = logging.StreamHandler(sys.stderr)
-    shown.setFormatter(_Formatter("%(message)s"))
+    shown.setFormatter(Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[shown])
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for noisy in ("mlflow", "alembic", "absl", "tensorflow"):

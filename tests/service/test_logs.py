@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from defect_detection.service import logs
 
 BEGIN = f"""
 import logging, os, sys
@@ -68,19 +67,3 @@ def test_no_call_writes_a_line_of_its_own_into_the_log(tmp_path, where):
     assert all(line.startswith(("GET /retrain/a", "    ")) for line in lines)
     assert all(len(line) < 1010 for line in lines)
     assert "\x1b" not in text
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain", "plain"),
-        ("Prüfung 検査", "Prüfung 検査"),
-        ("a\nb\x00\x1b", "a\\nb\\x00\\x1b"),
-        ("\u202ereversed\udc80", "\\u202ereversed\\x80"),
-        ("a" * 18, "a" * 18),
-        ("a" * 19, "a" * 15 + "..."),
-        ("\n" * 300_000, "\\n" * 7 + "\\..."),
-    ],
-)
-def test_printable_is_one_line_of_limited_length(text, shown):
-    assert logs.printable(text, 18) == shown

@@ -57,13 +57,6 @@ def test_result_that_cannot_be_prepared_is_an_error_before_anything_changes(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_result_than_the_prepared_one_is_reported_as_it_is(tmp_path):
-    reporter = Reporter({"RETRAIN_JOB_FOLDER": str(tmp_path)})
-    reporter.prepare("Production_Reg", 3, 0.9)
-    reporter.result("Production_Reg", 4, 0.8)
-    assert json.loads((tmp_path / "result.json").read_text())["version"] == 4
-
-
 def test_without_a_job_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reporter, streams = Reporter({}), (sys.stdout, sys.stderr)

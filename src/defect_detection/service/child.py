@@ -29,13 +29,13 @@ class Command:
         words: the command with its options.
         root: its working directory.
         environment: all its variables but those of the job.
-        heirloom: descriptor of a lock that the process inherits.
+        lock: descriptor of a lock that the process inherits.
     """
 
     words: list[str]
     root: Path
     environment: dict[str, str]
-    heirloom: int
+    lock: int
 
 
 class Child:
@@ -96,7 +96,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a process group of its own, to be ended as one
-                pass_fds=(command.heirloom, lock),
+                pass_fds=(command.lock, lock),
             )
         pid = child._collect.pid
         child.process = Process(pid, child.began)

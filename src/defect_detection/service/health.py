@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_WITHIN = 2  # seconds, for the tracking server
 LOOK_EVERY = 5  # seconds
-GOOD_FOR = 20  # seconds; if there is no newer look then, the store holds it up
+GOOD_FOR = 20  # seconds; an older look does not count, and the store is "unreachable"
 # For the environment of the API alone: MLflow waits two minutes for an answer, and retries.
 MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
@@ -43,7 +43,7 @@ class StoreWatch:
     """Looks at the tracking store again and again, so that no call has to wait for it."""
 
     def __init__(self, uri: str, registered_model: str):
-        """Have made no look yet.
+        """Know nothing of the store yet.
 
         Args:
             uri: of the store.
@@ -64,7 +64,7 @@ class StoreWatch:
                 seen.set()
                 time.sleep(LOOK_EVERY)
 
-        # A store that never answers holds up this thread alone, and a daemon no exit.
+        # A store that never answers holds up only this thread, and a daemon thread no exit.
         threading.Thread(target=watch, name="store", daemon=True).start()
         seen.wait(patience)
 

@@ -82,7 +82,7 @@ class Process:
             job does not outlive that; None in files of former versions.
     """
 
-    pid: Annotated[int, Field(gt=1)]
+    pid: Annotated[int, Field(gt=1, lt=2**31)]
     started: FiniteFloat | None = None
 
 
@@ -195,7 +195,8 @@ def read_job(folder: Path, alive: bool, said: Ended | None = None) -> Job:
 
     Args:
         folder: of the job, whose name is the id.
-        alive: whether the job's process lived when or after this call was made.
+        alive: whether the job's process lived just before this call; if not, it has written its
+            last file.
         said: why it was ended, if that is not on the disk; None reads the disk.
     """
     damaged: list[str] = []

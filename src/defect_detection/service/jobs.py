@@ -220,7 +220,7 @@ class Jobs:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _folder(self, job_id: str) -> Path:
-        # Its form comes first: whatever a caller wrote is no path before.
+        # The form comes first, so that a caller's text never becomes a path unchecked.
         folder = self.folder / job_id if job_files.is_id(job_id) else None
         if folder is None or not (job_id in self._children or folder.is_dir()):
             raise KeyError(job_id)

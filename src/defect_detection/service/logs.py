@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from defect_detection.names import printable
+from defect_detection import cli
 
 LONGEST_LINE = 1000  # characters
 FILE_BYTES, OLD_FILES = 5_000_000, 2
@@ -19,23 +19,11 @@ def set_up(file: Path | None) -> None:
     With a file, everything else that this process prints goes there too.
     """
     handler = _Rotating(file) if file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(message)s"))
+    handler.setFormatter(cli.Formatter(LONGEST_LINE, "    "))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # Else a line for each call that waits, or whose caller hangs up.
     logging.getLogger("waitress").setLevel(logging.WARNING)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-
-
-class _OneLine(logging.Formatter):
-    """One line for each message, whatever is in it; the lines of a traceback are indented."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = printable(record.message, LONGEST_LINE)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: object) -> str:  # noqa: N802
-        lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]
-        return "\n".join(f"    {printable(line, LONGEST_LINE)}" for line in lines)
 
 
 class _Rotating(RotatingFileHandler):

@@ -26,11 +26,10 @@ class Reporter:
     def __init__(self, environment: Mapping[str, str]):
         folder = environment.get(FOLDER_VARIABLE)
         self.folder = Path(folder) if folder else None
-        self._prepared: Result | None = None
         self._warned = False
 
     def outlive_full_disk(self) -> None:
-        """Lose what is printed while the disk is full; it would end the job as an error."""
+        """Drop what is printed while the disk is full, as an error of print would end the job."""
         if self.folder is not None:
             sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
 
@@ -59,8 +58,8 @@ class Reporter:
             PipelineError: it cannot be written, so the change must not be made.
         """
         if self.folder is not None:
-            self._prepared = Result(registry, version, acc)
-            job_files.write(self.folder / job_files.PREPARED, self._prepared)
+            coming = Result(registry, version, acc)
+            job_files.write(self.folder / job_files.PREPARED, coming)
 
     def result(self, registry: str, version: int, acc: float) -> None:
         """Report what was registered; this makes the job succeed, whatever happens after it.
@@ -71,7 +70,7 @@ class Reporter:
         if self.folder is None:
             return
         prepared, final = self.folder / job_files.PREPARED, self.folder / job_files.RESULT
-        if self._prepared != Result(registry, version, acc) or not prepared.exists():
+        if not prepared.exists():
             self.prepare(registry, version, acc)
         prepared.replace(final)
         os.utime(final)  # its time is that of the job's end

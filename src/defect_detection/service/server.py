@@ -2,6 +2,9 @@
 
 import logging
 import resource
+import socket
+import time
+from contextlib import suppress
 from typing import Any
 
 import waitress  # type: ignore[import-untyped]
@@ -20,6 +23,7 @@ MOST_CONNECTIONS = 512
 FILES_PER_CONNECTION = 3  # the socket, and two for what is too large for the memory
 PATIENCE = 20  # seconds in which a call must arrive whole; then, between two calls
 LARGEST_HEADERS = 16 * 1024  # bytes
+MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers; waitress lets a thread wait at 16 MB of them
 
 
 class Call(HTTPRequestParser):  # type: ignore[misc]
@@ -34,14 +38,16 @@ class Call(HTTPRequestParser):  # type: ignore[misc]
 
 
 class Connection(HTTPChannel):  # type: ignore[misc]
-    """A connection that is closed if a call takes too long to arrive.
+    """A connection that is closed if a call takes too long to arrive, or its answer to leave.
 
-    Waitress measures from the last byte, so a byte now and then would hold it for ever. What a
-    call does once it has arrived may last.
+    Waitress measures from the last byte, so a byte now and then would hold it for ever; and it
+    waits for a caller that reads nothing. Once a call has arrived, answering it may take any time.
+    A caller that sends more calls must read the answers, so that no thread waits for it.
     """
 
     parser_class = Call
-    last_activity: float
+    last_activity: float  # seconds since 1970
+    total_outbufs_len: int  # bytes of answers that the caller has not taken
 
     def handle_read(self) -> None:
         """Read what has arrived."""
@@ -49,6 +55,19 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         super().handle_read()
         if unfinished is not None and self.request is unfinished:
             self.last_activity = active
+
+    def service(self) -> None:
+        """Answer a call, or hang up on a caller that leaves former answers unread."""
+        if self.total_outbufs_len > MOST_UNREAD:
+            self.cancel()
+        super().service()
+
+    def readable(self) -> bool:
+        """Return whether more may be read; hang up on a caller that takes nothing of an answer."""
+        if self.total_outbufs_len and time.time() - self.last_activity > PATIENCE:
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        return bool(super().readable())
 
 
 def create(app: Flask, host: str, port: int) -> Any:
