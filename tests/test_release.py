@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, wait_for
+from conftest import ROOT
 
 pytestmark = pytest.mark.slow  # a second for each clone
 
@@ -102,7 +102,7 @@ def start() -> Iterator:
 def test_release_is_the_commit_with_an_environment_outside_of_the_work_tree(checkout):
     release = checkout.release()
     commit = checkout.git("rev-parse", "HEAD")
-    assert release == checkout.kept / "releases" / commit
+    assert release.parent == checkout.kept / "releases" and release.name.startswith(commit)
     found = subprocess.run(
         ["git", "-C", release, "rev-parse", "HEAD"], capture_output=True, text=True
     )
@@ -176,10 +176,29 @@ def test_three_releases_stay_and_those_that_something_runs_from(checkout, start)
     for process in (api, job):
         process.kill()
         process.wait()
-    checkout.git("checkout", "-q", first[0].name)  # the run of an older commit is repeated
+    checkout.git("checkout", "-q", first[0].name[:40])  # the run of an older commit is repeated
     assert checkout.release() == first[0]
     assert checkout.names("releases") == {first[0].name} | {path.name for path in later[2:]}
     assert len(checkout.names("venvs")) == 3
+
+
+def test_environment_of_what_runs_stays_when_python_is_another_one(checkout, start):
+    release = checkout.release()
+    (venv,) = (checkout.kept / "venvs").iterdir()
+    start(cwd=release)
+    (checkout.home / "version").write_text("3.11.8\n")
+    other = checkout.release()  # of the same commit
+    assert (release / ".venv").resolve() == venv and (venv / "bin" / "python").exists()
+    assert (other / ".venv").resolve() != venv
+    assert checkout.release() == other
+
+
+def test_folder_that_is_no_clone_is_made_anew(checkout):
+    release = checkout.release()
+    shutil.rmtree(release)
+    (release / "data").mkdir(parents=True)  # as by what ran on
+    assert checkout.release() == release
+    assert (release / ".venv").exists() and not (release / "data").exists()
 
 
 def lsof(folder: Path, says: str) -> str:
@@ -223,4 +242,4 @@ def test_a_push_takes_nothing_away_from_what_runs(checkout, start):
         checkout.release()
     assert sorted(path for path in release.rglob("*") if ".git/" not in str(path)) == before
     assert (release / ".venv" / "bin" / "python").exists()
-    wait_for(lambda: retraining.poll() is None)
+    assert retraining.poll() is None
