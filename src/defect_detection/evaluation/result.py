@@ -109,7 +109,6 @@ class Evaluation:
         return {
             "acc_unseen": repr(self.unseen.accuracy) if self.unseen.pictures else "unknown",
             "leaked_share": repr(self.split.leaked_share),
-            "test_digest": self.split.testing.digest,
             "escapes": str(self.error_rates.escapes),
             "overkill": str(self.error_rates.overkill),
         }

@@ -76,6 +76,11 @@ def _nothing_in_production(source: Source) -> str:
         held_back = [one for one in versions.with_accuracy(name) if not one.released]
         if held_back:
             newest = held_back[-1]
+            if newest.why_not_released == versions.UNFINISHED:
+                return (
+                    f"{start}. {name} version {newest.number} is not released: "
+                    f"{newest.why_not_released}. Run src/evaluation.py again"
+                )
             return (
                 f"{start}, since none is released. {name} version {newest.number}: "
                 f"{newest.why_not_released}. What to try is in its report, {_report(newest)}"

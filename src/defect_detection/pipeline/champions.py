@@ -10,10 +10,17 @@ from defect_detection.evaluation.metrics import Comparison
 from defect_detection.evaluation.result import Evaluation, evaluate
 from defect_detection.pipeline import tell
 from defect_detection.registry import saved_model, versions
-from defect_detection.registry.versions import TESTED, Version
+from defect_detection.registry.versions import TEST_DIGEST, TESTED, Version
 from defect_detection.runtime.decision import CLASSES
 
 log = logging.getLogger(__name__)
+
+
+def tested_on(evaluation: Evaluation) -> dict[str, str]:
+    """Return the tags that say on which images, and how many photographs, `acc` was measured."""
+    testing = evaluation.split.testing
+    photographs = dict(zip(CLASSES, testing.photograph_counts, strict=True))
+    return {TEST_DIGEST: testing.digest, TESTED: versions.tested(photographs)}
 
 
 class Champions:
@@ -44,7 +51,7 @@ class Champions:
         return self._judged[version.number]
 
     def out_of_reach(self, version: Version) -> str:
-        """Return why the files of a version are not to be had now, "" if they are.
+        """Return why the files of a version cannot be fetched now, "" if they can.
 
         A moment without the store's files is no reason to replace the version.
         """
@@ -68,16 +75,20 @@ class Champions:
 
         Returns:
             Whether the version can be run.
+
+        Raises:
+            StoreError: its files cannot be fetched now.
         """
+        if reason := self.out_of_reach(version):
+            raise StoreError(f"{version.uri}: {reason}. Run this again")
         judged = self.judged(version)
         if judged is None:
             return False
         current = version.test_digest == self._split.testing.digest
         if not current or math.isnan(version.acc):  # someone may have edited the tag
             # Which of these images it was trained on is not known.
-            photographs = dict(zip(CLASSES, self._split.testing.photograph_counts, strict=True))
             tags = judged.tags() | {"acc_unseen": "unknown", "leaked_share": "unknown"}
-            tags[TESTED] = versions.tested(photographs)
+            tags |= tested_on(judged)
             acc = judged.scores.accuracy
             versions.update(version, acc, tags, f"{judged.summary()} Scored again.")
             tell.scored_again(version, acc)

@@ -41,7 +41,7 @@ class EvaluationPlan:
 
     rules: Rules
     prefix: str = ""
-    outcome: "Outcome | None" = None
+    outcome: Outcome | None = None
 
 
 def evaluate_and_register(
@@ -76,8 +76,8 @@ def evaluate_and_register(
         done = carry_out(version, decision, champions, plan.rules)
         if plan.outcome is not None:
             plan.outcome.result(*registered)
-    record.decision(done.decision)
     tell.decision(done.decision)
+    record.decision(done.decision)
     if done.decision != foreseen.decision:  # another evaluation moved the alias meanwhile
         log_report(done)
     tell.report(uri)

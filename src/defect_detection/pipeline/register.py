@@ -1,5 +1,6 @@
 """Registers an evaluated model: decide where it goes, describe it, carry it out."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -7,7 +8,7 @@ from defect_detection.evaluation.metrics import Comparison
 from defect_detection.evaluation.release import Registration, Release, judge
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline import record
-from defect_detection.pipeline.champions import Champions
+from defect_detection.pipeline.champions import Champions, tested_on
 from defect_detection.registry import promotion, saved_model, versions
 from defect_detection.registry.promotion import Election
 from defect_detection.registry.versions import (
@@ -21,13 +22,10 @@ from defect_detection.registry.versions import (
     SET_ASIDE,
     TAKES,
     TEST_DIGEST,
-    TESTED,
+    UNFINISHED,
     Version,
 )
-from defect_detection.runtime.decision import CLASSES
 from defect_detection.settings import Decisions, MLflowNames
-
-UNFINISHED = "its evaluation did not end"
 
 
 class LoggedModel(Protocol):
@@ -116,7 +114,8 @@ def decide(
     if champion is not None:
         unlike = challenger.unlike(champion) or champions.out_of_reach(champion)
         comparison = None if unlike else champions.compare(champion, evaluation)
-    better = comparison is None or comparison.verdict == "better"
+    # A champion that cannot be run is replaced by any version; one that was not compared is not.
+    better = comparison.verdict == "better" if comparison is not None else not unlike
     return Decision(
         name=name,
         champion=champion,
@@ -153,13 +152,16 @@ def register(
 def foresee(
     version: Version, decision: Decision, champions: Champions, rules: Rules
 ) -> Registration:
-    """Return what `carry_out` is going to do, for the report that must exist before."""
+    """Return what `carry_out` is going to do, for the report that must exist before.
+
+    The champion is scored again if that is necessary to tell.
+    """
     if decision.name == rules.names.testing_model_name:
         return _registration(version, decision, _queued(version, version, rules.names), False)
     first = decision.champion
     if decision.may_move:
         coming = _with_tags(version, _release_tags(decision))
-        first = _election(version, champions).winner(coming)
+        _, first = _election(version, champions).result(coming)
     return _promoted(version, decision, first, rules)
 
 
@@ -212,15 +214,12 @@ def _with_tags(version: Version, tags: dict[str, str | None]) -> Version:
 
 def identity(model: LoggedModel, evaluation: Evaluation) -> dict[str, str]:
     """Return the tags by which versions of other products, data or models are told apart."""
-    testing = evaluation.split.testing
-    photographs = dict(zip(CLASSES, testing.photograph_counts, strict=True))
-    return {
+    own = {
         TAKES: str(evaluation.takes),
         IMAGES: evaluation.split.sketch,
-        TESTED: versions.tested(photographs),
-        TEST_DIGEST: testing.digest,
         LITERT: evaluation.litert_sha256,
-    } | record.lineage(model.run_id)
+    }
+    return own | tested_on(evaluation) | record.lineage(model.run_id)
 
 
 def _election(version: Version, champions: Champions) -> Election:
@@ -253,10 +252,9 @@ def _promoted(
     if first is None:
         said += f"; no version has the alias {PRODUCTION_ALIAS}"
     else:
-        said += (
-            f"; {PRODUCTION_ALIAS} is version {first.number} with a test accuracy of "
-            f"{first.acc:.4f}"
-        )
+        said += f"; {PRODUCTION_ALIAS} is version {first.number} with "
+        known = f"a test accuracy of {first.acc:.4f}"
+        said += "an unknown test accuracy" if math.isnan(first.acc) else known
     why = decision.unlike or decision.set_aside
     if why and not here:
         said += f", and stays: {why}" if first is not None else f", since {why}"

@@ -1,18 +1,18 @@
 """Which version has the alias prod, and why: each change of the alias is recorded as a run."""
 
 import getpass
-import itertools
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from pydantic import TypeAdapter
 
 from defect_detection import PipelineError
 from defect_detection.registry import store, versions
@@ -25,6 +25,7 @@ EXPERIMENT = "promotion/{}"
 # Tags of the run that records a change.
 CHANGE, DONE = "promotion.change", "promotion.done"
 FIGURES = ("acc", "acc_unseen", "leaked_share", "escapes", "overkill", "comparison", "test_digest")
+LOOKED_AT = 50  # newest records, by which it is known who moved the alias
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,32 @@ class Change:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A change in the tracking store; `done` says whether the alias was moved."""
+    """A change in the tracking store.
+
+    Attributes:
+        change: what was changed.
+        run_id: of the run that records it.
+        commit: of the project.
+        done: whether the alias was moved.
+        began: when the run began, in milliseconds since 1970.
+        ended: likewise; `began` if it did not end.
+    """
 
     change: Change
     run_id: str
     commit: str
     done: bool
+    began: int
+    ended: int
 
 
 def actor(env: Mapping[str, str]) -> str:
-    """Return who runs this: a run of GitHub Actions, a caller of the API, or a user here."""
+    """Return who runs this: a caller of the API, a run of GitHub Actions, or a user here."""
+    if STARTED_BY in env:  # first, since a run of GitHub may have started the API
+        return f"{env[STARTED_BY]}, by the API on {socket.gethostname()}"
     if "GITHUB_RUN_ID" in env:
         where = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}/actions/runs/{GITHUB_RUN_ID}"
         return f"{env.get('GITHUB_ACTOR', 'someone')}, {where.format_map(env)}"
-    if STARTED_BY in env:
-        return f"{env[STARTED_BY]}, by the API on {socket.gethostname()}"
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user id has no name, as in some containers
@@ -96,8 +108,8 @@ class Election:
         self._score = score
         self._unusable: set[int] = set()
 
-    def winner(self, coming: Version | None = None) -> Version | None:
-        """Return the version, None if none is released.
+    def result(self, coming: Version | None = None) -> tuple[Version | None, Version | None]:
+        """Return the present version and the one that should have the alias, each None if none.
 
         Args:
             coming: a version as it is going to be, whatever the store says of it now.
@@ -110,13 +122,13 @@ class Election:
             if one.number not in (kept, *self._unusable) and _may_replace(one, present)
         ]
         if not others:  # nothing could replace it, so it is not scored again either
-            return present
+            return present, present
         if present is not None:
             if self._score(present):
                 others += [one for one in self._tested() if one.number == kept]
             else:
                 self._unusable.add(present.number)
-        return max(others, key=lambda one: (one.acc, one.number == kept, one.number))
+        return present, max(others, key=lambda one: (one.acc, one.number == kept, one.number))
 
     def _tested(self, coming: Version | None = None) -> list[Version]:
         known = {one.number: one for one in versions.with_accuracy(self.name)}
@@ -129,7 +141,8 @@ def promote(election: Election, by: str) -> Version | None:
     """Point the alias at the winner of an election.
 
     Another process may register a better version between the query and the move. Each process
-    queries again after its move, so the last one to move has seen all versions.
+    queries again after its move, so the last one to move has seen all versions. Nothing is moved if
+    the alias is no longer where the query found it, as after a person's choice.
 
     Args:
         election: among the versions of a registered model.
@@ -138,16 +151,20 @@ def promote(election: Election, by: str) -> Version | None:
     Returns:
         The version that has the alias now, None if none is released.
     """
-    name, digest, target = election.name, election.digest, None
-    _settle(name)
+    name, target = election.name, None
     while True:
-        best = election.winner()
-        present = versions.in_production(name)
-        if best is None or best.number in (target, present and present.number):
+        _settle(name)
+        present, best = election.result()
+        if best is None or best.number in (target, _number(present)):
             return best
-        why = f"highest acc on the test images {digest[:12]}"
-        _move(best, f"{why}: {best.acc:.4f}", by)
-        target = best.number
+        if _number(versions.in_production(name)) == _number(present):
+            why = f"highest acc on the test images {election.digest[:12]}: {best.acc:.4f}"
+            _move(present, best, why, by)
+            target = best.number
+
+
+def _number(version: Version | None) -> int | None:
+    return version.number if version is not None else None
 
 
 def _may_replace(version: Version, present: Version | None) -> bool:
@@ -169,18 +186,19 @@ def why_set_aside(name: str, version: Version) -> str:
 
 
 def moved_outside(name: str) -> str:
-    """Return that the alias was moved past the record, as MLflow's page can; "" if it was not."""
-    present = versions.in_production(name)
-    recorded = history(name)
-    last = next((one.change for one in recorded if one.done), None)
-    after = present.number if present is not None else None
-    unfinished = {
-        one.change.after for one in itertools.takewhile(lambda one: not one.done, recorded)
-    }
-    if after == (last.after if last else None) or after in unfinished:
+    """Return a warning if the alias was moved without a record, as MLflow's page can; else ""."""
+    after, recorded = _number(versions.in_production(name)), history(name, LOOKED_AT)
+    last = next((one for one in recorded if one.done), None)
+    # Of several changes at once, any may have been the last to move the alias.
+    possible = [
+        one.change.after
+        for one in recorded
+        if last is None or (one.ended if one.done else one.began) >= last.began
+    ]
+    if after in possible or (after is None and last is None):
         return ""
     is_now = f"{PRODUCTION_ALIAS} of {name} is {f'version {after}' if after else 'no version'}"
-    known = f"version {last.after} on {last.at}" if last else "no version"
+    known = f"version {last.change.after} on {last.change.at}" if last else "no version"
     return (
         f"{is_now}, but the record gave it to {known}: it was moved outside this project, where "
         f"everyone who reaches MLflow can. 'python src/promote.py --version N' settles it"
@@ -188,7 +206,7 @@ def moved_outside(name: str) -> str:
 
 
 def check_record(name: str) -> None:
-    """Log a warning if the alias was moved past the record."""
+    """Log a warning if the alias was moved without a record."""
     if found := moved_outside(name):
         log.warning("%s", found)
 
@@ -213,18 +231,18 @@ def choose(name: str, number: int, why: str, by: str) -> Change:
         raise PipelineError(f"{PRODUCTION_ALIAS} is version {number} of {name} already")
     if not target.released:
         raise PipelineError(
-            f"{name} version {number} is not released: {target.why_not_released}. To release it "
-            f"nevertheless, turn that rule off in src/config.yaml and evaluate it again"
+            f"{name} version {number} is not released: {target.why_not_released}. Evaluate it "
+            f"again; src/config.yaml turns rules off"
         )
-    aside = {v.number for v in every.values() if (v.acc, v.number) > (target.acc, number)}
+    aside = {v.number for v in every.values() if v.acc > target.acc}
     if present is not None:
         aside.add(present.number)
     # Under all numbers that their models have.
     meant = [every[one] for one in aside if one in every]
     aside |= {v.number for v in every.values() if any(v.repeats(one) for one in meant)}
-    change = _move(target, why, by, sorted(aside - {number}), confirm=bool(outside))
-    assert change is not None
-    return change
+    if outside:
+        present = _recorded(name)
+    return _move(present, target, why, by, sorted(aside - {number}))
 
 
 def roll_back(name: str, why: str, by: str) -> Change:
@@ -246,39 +264,38 @@ def roll_back(name: str, why: str, by: str) -> Change:
     raise PipelineError(f"{name} has no former version to go back to; --list shows all")
 
 
-def history(name: str) -> list[Recorded]:
+def history(name: str, most: int = 1000) -> list[Recorded]:
     """Return the changes of the alias, the newest first."""
-    return [_read(run) for run in _runs(name)]
+    return [found for found in map(_read, _runs(name, "", most)) if found is not None]
 
 
 def _move(
+    present: Version | None,
     target: Version,
     why: str,
     by: str,
-    set_aside: list[int] | None = None,
-    confirm: bool = False,
-) -> Change | None:
+    set_aside: Sequence[int] | None = None,
+) -> Change:
     """Record a change, carry it out, then tag the versions.
-
-    Nothing is done, and None returned, if the version has the alias already, as after another
-    evaluation at the same time; unless `confirm` says that the record lacks it.
 
     Moving the alias is the one step that counts. A process that dies before it leaves a record
     that is not done. If it dies after it, the next change finishes the tags (`_settle`).
+
+    Args:
+        present: the version that has the alias.
+        target: the version that gets it.
+        why: the reason.
+        by: the user or the CI run that moves it.
+        set_aside: numbers of versions that a person sets aside; None if no person moves it.
     """
-    present = versions.in_production(target.name)
-    if present is not None and present.number == target.number:
-        if not confirm:
-            return None
-        present = _recorded(target.name)
     known = {str(v.number): v for v in (present, target) if v is not None}
     change = Change(
-        before=present.number if present is not None else None,
+        before=_number(present),
         after=target.number,
         why=why,
         by=by,
         at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        set_aside=set_aside or [],
+        set_aside=list(set_aside or ()),
         figures={
             number: {figure: v.tags[figure] for figure in FIGURES if figure in v.tags}
             for number, v in known.items()
@@ -291,14 +308,23 @@ def _move(
         tags={CHANGE: json.dumps(asdict(change)), "promotion.after": str(target.number)},
     ) as run:
         mlflow.log_dict(asdict(change), "promotion.json")
+        if set_aside is not None:  # first, so that no evaluation moves it back in between
+            _set_aside(target, set_aside)
         versions.set_alias(target, PRODUCTION_ALIAS)
-        _finish(target.name, _read(run))
+        _finish(target.name, change, run)
     return change
+
+
+def _set_aside(chosen: Version, others: Sequence[int]) -> None:
+    for version in versions.with_accuracy(chosen.name):
+        if version.number in others:
+            versions.set_tags(version, {SET_ASIDE: "true"})
+    versions.set_tags(chosen, {SET_ASIDE: None})
 
 
 def _recorded(name: str) -> Version | None:
     """Return the version that has the alias by the record."""
-    last = next((one.change.after for one in history(name) if one.done), None)
+    last = next((one.change.after for one in history(name, LOOKED_AT) if one.done), None)
     return next((one for one in versions.with_accuracy(name) if one.number == last), None)
 
 
@@ -307,26 +333,24 @@ def _settle(name: str) -> None:
     present = versions.in_production(name)
     if present is None:
         return
-    for recorded in map(_read, _runs(name, f"tags.`promotion.after` = '{present.number}'", 1)):
-        if not recorded.done:
-            _finish(name, recorded)
+    for run in _runs(name, f"tags.`promotion.after` = '{present.number}'", 1):
+        recorded = _read(run)
+        if recorded is not None and not recorded.done:
+            _finish(name, recorded.change, run)
             MlflowClient().set_terminated(recorded.run_id)
 
 
-def _finish(name: str, recorded: Recorded) -> None:
-    change = recorded.change
+def _finish(name: str, change: Change, run: Run) -> None:
+    said = {"from": str(change.before), "why": change.why, "by": change.by, "at": change.at}
+    said |= {"commit": _commit(run), "run": run.info.run_id}
+    tags = {f"promotion.{key}": value for key, value in said.items()}
     for version in versions.with_accuracy(name):
         if version.number == change.after:
-            said = {"from": str(change.before), "why": change.why, "by": change.by}
-            said |= {"at": change.at, "commit": recorded.commit, "run": recorded.run_id}
-            tags = {f"promotion.{key}": value for key, value in said.items()}
-            versions.set_tags(version, tags | {SET_ASIDE: None})
-        elif version.number in change.set_aside:
-            versions.set_tags(version, {SET_ASIDE: "true"})
-    MlflowClient().set_tag(recorded.run_id, DONE, "true")
+            versions.set_tags(version, tags)
+    versions.retry(MlflowClient().set_tag, run.info.run_id, DONE, "true")
 
 
-def _runs(name: str, which: str = "", most: int = 1000) -> list[Run]:
+def _runs(name: str, which: str, most: int) -> list[Run]:
     experiment = mlflow.get_experiment_by_name(EXPERIMENT.format(name))
     if experiment is None:  # there was no change yet, and a query must not create it
         return []
@@ -336,11 +360,16 @@ def _runs(name: str, which: str = "", most: int = 1000) -> list[Run]:
     )
 
 
-def _read(run: Run) -> Recorded:
-    tags = run.data.tags
-    return Recorded(
-        change=Change(**json.loads(tags[CHANGE])),
-        run_id=run.info.run_id,
-        commit=tags.get("mlflow.source.git.commit", "unknown"),
-        done=tags.get(DONE) == "true",
-    )
+def _read(run: Run) -> Recorded | None:
+    """Return the change that a run records, None for a run that someone else put there."""
+    tags, info = run.data.tags, run.info
+    try:
+        change = TypeAdapter(Change).validate_json(tags.get(CHANGE, ""))
+    except ValueError:
+        return None
+    done, ended = tags.get(DONE) == "true", info.end_time or info.start_time
+    return Recorded(change, info.run_id, _commit(run), done, info.start_time, ended)
+
+
+def _commit(run: Run) -> str:
+    return str(run.data.tags.get("mlflow.source.git.commit", "unknown"))

@@ -159,8 +159,6 @@ def checksum(model_uri: str) -> str:
     if not model_uri.startswith("models:/"):  # a folder
         return ""
     client, name = MlflowClient(), model_uri.removeprefix("models:/")
-    if "@" in name:
-        return str(client.get_model_version_by_alias(*name.rsplit("@", 1)).tags.get(CHECKSUM, ""))
     if "/" not in name:
         return str(client.get_logged_model(name).tags.get(CHECKSUM, ""))
     return str(client.get_model_version(*name.rsplit("/", 1)).tags.get(CHECKSUM, ""))
@@ -196,13 +194,9 @@ def load_keras(model_uri: str) -> "keras.Model":
         # Keras raises all of these for a file that is damaged, asks for code to be run or was
         # written by a newer version.
         except Exception as error:
-            older = sys.version_info < (3, 11)  # Keras has no newer version for Python 3.10
+            older = sys.version_info < (3, 11)
+            hint = ", or use Python 3.11 or 3.12, which have a newer Keras" if older else ""
             raise PipelineError(
-                f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, "
-                + (
-                    "which is older on Python 3.10 than on 3.11 and 3.12. Use the Python that it "
-                    "was trained with"
-                    if older
-                    else f"since it is damaged or not safe ({first_line(error)}). Train a new one"
-                )
+                f"{model_uri}: its Keras model cannot be read by Keras {keras.__version__}, since "
+                f"it is damaged, not safe or newer ({first_line(error)}). Train a new one{hint}"
             ) from error

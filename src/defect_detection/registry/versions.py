@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -20,6 +21,7 @@ PRODUCTION_ALIAS = "prod"
 # Tags of a version.
 QUALIFIED, SET_ASIDE = "qualified", "set_aside"
 RELEASED, NOT_RELEASED = "released", "not_released"  # the second says why not
+UNFINISHED = "its evaluation did not end"  # that is why, until its report exists
 EVALUATED_BY = "evaluation_run"
 TAKES = "takes"  # the pixels that its model takes, in words
 IMAGES = "images"  # a sketch of the images that it was trained and tested on
@@ -56,7 +58,7 @@ class Version:
     @property
     def test_digest(self) -> str | None:
         """Digest of the test images on which `acc` was measured."""
-        return self.tags.get("test_digest")
+        return self.tags.get(TEST_DIGEST)
 
     @property
     def qualified(self) -> bool:
@@ -76,15 +78,17 @@ class Version:
     def unlike(self, other: "Version") -> str:
         """Return why it cannot replace another version by an accuracy, "" if it can.
 
-        Versions from before these tags are like any other.
+        A version that lacks a tag, as it is from before there were any, is like any other; but an
+        accuracy on other images counts only if it is known on how many photographs it rests.
         """
         ours, theirs = self.tags.get(TAKES), other.tags.get(TAKES)
         if ours and theirs and ours != theirs:
             return f"it takes images of {ours}, version {other.number} of {theirs}"
-        if self.test_digest != other.test_digest and self._tested_on_fewer(other):
+        ours, theirs = self.tags.get(TESTED), other.tags.get(TESTED, "an unknown number")
+        if ours and self.test_digest != other.test_digest and _fewer(ours, theirs):
             return (
-                f"it was tested on {self.tags[TESTED]} photographs, and the accuracy of version "
-                f"{other.number} rests on {other.tags[TESTED]}"
+                f"it was tested on {ours} photographs, and the accuracy of version {other.number} "
+                f"rests on {theirs}"
             )
         ours, theirs = self.tags.get(IMAGES), other.tags.get(IMAGES)
         if ours and theirs and not sketch.share(ours, theirs):
@@ -94,13 +98,8 @@ class Version:
             )
         return ""
 
-    def _tested_on_fewer(self, other: "Version") -> bool:
-        """Return whether it was tested on fewer photographs of a class than another version."""
-        ours, theirs = (_counts(one.tags.get(TESTED, "")) for one in (self, other))
-        return any(own < known for own, known in zip(ours, theirs, strict=False))
-
     def repeats(self, other: "Version") -> str:
-        """Return in which way it is another version once more, "" if it is not."""
+        """Return how this version repeats another one, "" if it does not."""
         if self.source and self.source == other.source:
             return "the same model as"
         if self.tags.get(LITERT) and self.tags.get(LITERT) == other.tags.get(LITERT):
@@ -121,9 +120,11 @@ def tested(photographs: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in photographs.items())
 
 
-def _counts(described: str) -> list[int]:
-    """Return the numbers of photographs in the tag `TESTED`, none for versions without it."""
-    return [int(count) for count in re.findall(r"(\d+) ", described)]
+def _fewer(ours: str, theirs: str) -> bool:
+    """Return whether a tag `TESTED` has fewer photographs of a class than another, or may have."""
+    own, known = (re.findall(r"(\d+) ", described) for described in (ours, theirs))
+    alike = len(own) == len(known)
+    return not alike or any(int(a) < int(b) for a, b in zip(own, known, strict=True))
 
 
 def gate(acc: float, names: MLflowNames) -> str:
@@ -169,10 +170,15 @@ def with_accuracy(name: str) -> list[Version]:
     for version in MlflowClient().search_model_versions(f"name = '{name}'"):
         acc = _accuracy(version.tags)
         if acc is None:
-            log.warning("%s version %s has no accuracy in its tag 'acc'", name, version.version)
+            _warn_of(name, version.version)
             continue
         found.append(Version(name, int(version.version), acc, version.tags, version.source))
     return sorted(found, key=lambda version: version.number)
+
+
+@cache
+def _warn_of(name: str, number: str) -> None:  # once
+    log.warning("%s version %s has no accuracy in its tag 'acc'", name, number)
 
 
 def set_tags(version: Version, tags: Mapping[str, str | None]) -> None:
@@ -180,9 +186,9 @@ def set_tags(version: Version, tags: Mapping[str, str | None]) -> None:
     client, number = MlflowClient(), str(version.number)
     for tag, value in tags.items():
         if value is not None:
-            _retry(client.set_model_version_tag, version.name, number, tag, value)
+            retry(client.set_model_version_tag, version.name, number, tag, value)
         elif tag in version.tags:
-            _retry(client.delete_model_version_tag, version.name, number, tag)
+            retry(client.delete_model_version_tag, version.name, number, tag)
 
 
 def update(version: Version, acc: float, tags: Mapping[str, str], description: str) -> None:
@@ -192,19 +198,20 @@ def update(version: Version, acc: float, tags: Mapping[str, str], description: s
     for none.
     """
     client = MlflowClient()
-    set_tags(version, {"test_digest": ""})
+    set_tags(version, {TEST_DIGEST: ""})
     client.update_model_version(version.name, str(version.number), description)
-    set_tags(version, {"acc": repr(acc)} | {k: v for k, v in tags.items() if k != "test_digest"})
-    set_tags(version, {"test_digest": tags["test_digest"]})
+    set_tags(version, {"acc": repr(acc)} | {k: v for k, v in tags.items() if k != TEST_DIGEST})
+    set_tags(version, {TEST_DIGEST: tags[TEST_DIGEST]})
 
 
 def set_alias(version: Version, alias: str) -> None:
     """Move an alias to a version, atomically."""
     number = str(version.number)
-    _retry(MlflowClient().set_registered_model_alias, version.name, alias, number)
+    retry(MlflowClient().set_registered_model_alias, version.name, alias, number)
 
 
-def _retry(call: Callable[..., None], *arguments: str, tries: int = 5) -> None:
+def retry(call: Callable[..., None], *arguments: str, tries: int = 5) -> None:
+    """Make a call that sets an alias or a tag; again if another process sets it at that moment."""
     for left in reversed(range(tries)):
         try:
             return call(*arguments)
