@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from defect_detection import StoreError, cli, progress, settings  # noqa: E402
+from defect_detection import cli, progress, settings, uris  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
 from defect_detection.dataset.split import Split  # noqa: E402
@@ -45,6 +45,7 @@ from defect_detection.settings import (  # noqa: E402
 if TYPE_CHECKING:
     import keras
 
+SYNC = "python src/train.py --sync"
 RETRAIN_FILE = ROOT / "re_train" / "re_train.yaml"
 
 
@@ -83,11 +84,11 @@ def main() -> None:
     evaluation = EvaluationPlan(rules, prefix="test_", outcome=reporter)
 
     cache = settings.from_root(config.paths.cache)
-    with store.connected(settings.tracking_uri(env), create=True):
-        for done in delivery.deliver_all(cache):
-            print(done)
+    uri = settings.tracking_uri(env)
+    with store.connected(uri, create=True):
+        delivery.deliver_all(cache, uri)
         promotion.check_record(names.production_model_name)
-        experiment = store.open_experiment(names.experiment_name)
+        store.open_experiment(names.experiment_name)  # an error comes before the work
         examples = folder.examples(own.inference_examples, print)
         version = choose_version(names)
         takes = choose_format(version, folder, own, config.model_parameters)
@@ -96,26 +97,20 @@ def main() -> None:
         print(f"Starting from {start.source}\n{split.leakage}", flush=True)
         planned = plan(config, own, overrides, start, device)
         said = f"A retraining from {start.source} on {split.training}, judged on {split.testing}."
-        purpose = Purpose(1, split.training.digest, "", "python src/train.py --sync")
-        with (
-            delivery.training(cache, purpose) as kept,
-            kept.run(RunInfo(experiment, "re-train", said, {})) as fitted,
-        ):
-            trained = fit_and_record(start, split, planned, reporter)
-            fitted.append(trained)
-            classifier = saved_model.load_classifier(trained.model_uri)
-            evaluate_and_register(trained, classifier, split, evaluation)
+        purpose = Purpose(1, split.training.digest, "", SYNC, uris.without_password(uri))
+        with delivery.training(cache, purpose) as kept:
+            with kept.run(RunInfo(names.experiment_name, "re-train", said, {})) as fitted:
+                fitted.append(fit_and_record(start, split, planned, reporter))
+            kept.finish()
+        classifier = saved_model.load_classifier(kept.best.model_uri)
+        with record.gone_on(kept.best.run_id):
+            evaluate_and_register(kept.best, classifier, split, evaluation)
     for image in examples:
         print(f"{image}  {classifier.classify(image)}")
 
 
 def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Reporter) -> Trained:
-    """Fit the model and record it.
-
-    Raises:
-        StoreError: MLflow does not take the model, which is kept.
-        PipelineError: as `fit.fit` raises it.
-    """
+    """Fit the model and record it."""
     training = split.training
     record.started_from(start.source, start.version.source if start.version else "")
     record.dataset(training, "training")
@@ -125,10 +120,7 @@ def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Repor
     with progress.shown("Training", fit.costs([planned])) as shown:
         fitted = fit.fit(planned, training, record.device, on_epoch, shown)
     record.fit(fitted)
-    trained = record.model(fitted, fit.to_served(fitted, training), training.content(0))
-    if not trained.model_uri:
-        raise StoreError("MLflow does not take the model, which is therefore not evaluated")
-    return trained
+    return record.model(fitted, fit.to_served(fitted, training), training.content(0))
 
 
 def choose_version(names: MLflowNames) -> Version | None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import PipelineError, cli, progress, settings
+from defect_detection import PipelineError, cli, progress, settings, uris
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
@@ -50,12 +50,13 @@ def main() -> None:
     best_file = config.best_model
     require_writable(best_file.parent)
 
-    with store.connected(settings.tracking_uri(env), create=not options.sync):
-        for said in delivery.deliver_all(cache):
-            print(said)
+    uri = settings.tracking_uri(env)
+    with store.connected(uri, create=not options.sync):
+        delivery.deliver_all(cache, uri, strict=options.sync)
         if options.sync:
             return
-        experiment = store.open_experiment(f"train/{config.names.experiment_name}")
+        experiment = f"train/{config.names.experiment_name}"
+        experiment_id = store.open_experiment(experiment)
         parameters = config.model_parameters
         takes = folder.image_format(parameters.image_size, parameters.color)
         split = splits.load(folder, takes)
@@ -69,10 +70,11 @@ def main() -> None:
             sets = [replace(one, head="good") for one in whole]
         plans = [plan(config, one, takes, cache, device) for one in sets]
         if options.folds:
-            tell.folds(cross_validate_sets(plans, split, experiment, options.folds))
+            tell.folds(cross_validate_sets(plans, split, experiment_id, options.folds))
             return
         sync = f"{cli.command('src/train.py', options)} --sync"
-        purpose = Purpose(len(plans), split.training.digest, str(best_file), sync)
+        place = uris.without_password(uri)
+        purpose = Purpose(len(plans), split.training.digest, str(best_file), sync, place)
         with delivery.training(cache, purpose) as kept:
             fit_sets(plans, split, experiment, kept)
             kept.finish()

@@ -130,7 +130,7 @@ def test_drawn_defect_comes_out_as_defect_and_good_part_as_ok(trained, tmp_path)
     ]
     right = [row["verdict"] == ("defect" if "bad" in row["path"] else "ok") for row in rows]
     assert sum(right) >= 18
-    with saved_model.fetched("models:/Production_Reg@prod") as files:
+    with saved_model.fetched("models:/Production_Reg/1") as files:
         point = Classifier.load(files).point
     assert 0 < point.threshold < 1
     for row, line in zip(rows, printed, strict=True):

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from defect_detection import StoreError
+from defect_detection import PipelineError, StoreError, uris
 from defect_detection.atomic import replace_atomically
-from defect_detection.pipeline import journal, record
+from defect_detection.pipeline import journal, record, tell
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import Trained
@@ -32,14 +32,16 @@ class Purpose:
     Attributes:
         sets: how many sets are fitted.
         data_digest: of the training images.
-        best_file: the file that names the best model, "" if the training writes none.
+        best_file: the file that names the best model, "" for a retraining, which writes none.
         sync: the call that delivers what is kept, for messages.
+        store: URI of the tracking store, without its password.
     """
 
     sets: int
     data_digest: str
     best_file: str
     sync: str
+    store: str
 
 
 class Training:
@@ -70,23 +72,8 @@ class Training:
             self._write()
         self._know(name, kept.info)
 
-    def deliver(self) -> None:
-        """Send to MLflow what it lacks of the runs.
-
-        Raises:
-            StoreError: MLflow does not take it; it is kept.
-        """
-        for folder in sorted(path.parent for path in self.folder.glob(f"*/{journal.RUN}")):
-            try:
-                self._know(folder.name, journal.deliver(folder))
-            except journal.NOT_TAKEN as error:
-                raise StoreError(
-                    f"MLflow does not take what was fitted ({first_line(error)}). It is kept in "
-                    f"{self.folder}: '{self.purpose.sync}' delivers it"
-                ) from error
-
     def finish(self) -> str:
-        """Deliver what MLflow lacks, and write the file that names the best model.
+        """Send to MLflow what it lacks of the runs; write the file that names the best model.
 
         Returns:
             What was written where, "" if no file is to be written.
@@ -94,7 +81,16 @@ class Training:
         Raises:
             StoreError: MLflow does not take it; it is kept.
         """
-        self.deliver()
+        for folder in sorted(path.parent for path in self.folder.glob(f"*/{journal.RUN}")):
+            try:
+                self._know(folder.name, journal.deliver(folder))
+            except (*journal.NOT_TAKEN, PipelineError, ValueError, TypeError, KeyError) as error:
+                lost = "" if self.purpose.best_file else ", but does not evaluate it"
+                raise StoreError(
+                    f"MLflow does not take what was fitted ({first_line(error)}). It is kept: "
+                    f"'{self.purpose.sync}' delivers it{lost}. If nobody needs it, delete "
+                    f"{self.folder}"
+                ) from error
         if not self.purpose.best_file or len(self.trained) < self.purpose.sets:
             return ""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -130,23 +126,37 @@ def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
             _delete_if_delivered(made.folder)
 
 
-def deliver_all(cache: Path) -> Iterator[str]:
-    """Deliver what former trainings left, and yield in words what was done.
+def deliver_all(cache: Path, uri: str, strict: bool = False) -> None:
+    """Deliver what former trainings left for a store, and print what was delivered.
 
-    Trainings of processes that are still running are left alone.
+    Trainings of processes that are still running are left alone, and so are those for other
+    stores. What MLflow does not take is kept, with a warning.
+
+    Args:
+        cache: as for `training`.
+        uri: of the store.
+        strict: whether what MLflow does not take is an error; all others are delivered before.
 
     Raises:
-        StoreError: MLflow does not take it; it is kept.
+        StoreError: MLflow does not take something, and `strict` is set.
     """
+    failed = None
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
         with _locked(folder) as free:
             former = _read(folder) if free else None
-            if former is not None:
+            if former is None or former.purpose.store != uris.without_password(uri):
+                continue
+            try:
                 best = former.finish()
+            except StoreError as error:
+                log.warning("%s", error)
+                failed = error
+            else:
                 _delete_if_delivered(folder)
                 if former.trained:
-                    names = ", ".join(one.name for one in former.trained.values())
-                    yield f"Delivered from a former training: {names}" + (best and f"; best {best}")
+                    tell.delivered([one.name for one in former.trained.values()], best)
+    if strict and failed is not None:
+        raise failed
 
 
 def _read(folder: Path) -> Training | None:
@@ -167,7 +177,12 @@ def _delete_if_delivered(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Lock a folder for the block; yield whether no other process has."""
-    with (folder / LOCK).open("w") as lock:
+    try:
+        file = (folder / LOCK).open("w")
+    except FileNotFoundError:  # another process has just delivered and deleted it
+        yield False
+        return
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -41,7 +41,7 @@ class RunInfo:
     """What a run is called, and what MLflow has of it.
 
     Attributes:
-        experiment: id of the experiment.
+        experiment: name of the experiment.
         name: of the run.
         description: of the run.
         tags: of the run.
@@ -123,7 +123,7 @@ class Journal:
         model.save(kept / KERAS)
         (kept / EXAMPLE).write_bytes(example)
         served.save_alone(kept)
-        self._add("model")  # that is, all of its files are there
+        self._add("model")  # marks that the files above are complete
         if self._online:
             try:
                 self._know(replace(self.info, model_uri=saved_model.log(model, served, example)))
@@ -140,7 +140,7 @@ class Journal:
             except NOT_TAKEN as error:
                 self._go_on_alone(error)
         if self._online:
-            shutil.rmtree(self.folder)
+            _delete(self.folder)
         else:
             with suppress(*NOT_TAKEN):
                 self.info = deliver(self.folder)
@@ -172,10 +172,11 @@ class Journal:
 def deliver(folder: Path) -> RunInfo:
     """Send a run to MLflow; delete its folder when MLflow has all of it.
 
-    What MLflow has already is sent again, which changes nothing.
+    What MLflow has already is sent again, which changes nothing; the model is not.
 
     Raises:
         MlflowException, SQLAlchemyError, OSError: MLflow does not take it; it is kept.
+        ValueError, TypeError, KeyError: the files are damaged.
     """
     info = _start(RunInfo.read(folder))
     try:
@@ -193,8 +194,13 @@ def deliver(folder: Path) -> RunInfo:
     except BaseException:
         _leave_run()
         raise
-    shutil.rmtree(folder)
+    _delete(folder)
     return info
+
+
+def _delete(folder: Path) -> None:
+    (folder / RUN).unlink()  # first, since it makes a folder that of a run
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _send_model(kept: Path) -> str:
@@ -222,7 +228,7 @@ def _start(info: RunInfo) -> RunInfo:
         mlflow.start_run(run_id=info.run_id)
         return info
     run = mlflow.start_run(
-        experiment_id=info.experiment,
+        experiment_id=store.open_experiment(info.experiment),
         run_name=info.name,
         description=info.description,
         tags=dict(info.tags),

@@ -1,4 +1,4 @@
-"""The one place that writes results into the active MLflow run."""
+"""The one place that says what is written into the active MLflow run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +80,13 @@ def kept_run(kept: Path, info: RunInfo) -> Iterator[Journal]:
     finally:
         _sink = mlflow
         journal.end(status)
+
+
+@contextmanager
+def gone_on(run_id: str) -> Iterator[None]:
+    """Open a run that had ended again, for the block."""
+    with mlflow.start_run(run_id=run_id):
+        yield
 
 
 def started_from(source: str, parent: str) -> None:

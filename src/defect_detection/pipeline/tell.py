@@ -31,6 +31,11 @@ def sets(trained: list[Trained], best: Trained, best_file: Path, next_step: str)
     print(f"Best: {best.name}, written to {best_file}. Next: {next_step}")
 
 
+def delivered(names: list[str], best: str) -> None:
+    """Print which sets of a former training MLflow has now, and which is the best, if any is."""
+    print(f"Delivered from a former training: {', '.join(names)}" + (best and f"; best {best}"))
+
+
 def label_errors(found: list[LabelError]) -> None:
     """Print which images are probably in the wrong class folder."""
     if found:
