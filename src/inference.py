@@ -42,7 +42,6 @@ def main() -> int:
     parser = arguments()
     options = parser.parse_args()
     check(parser, options)
-    sys.stdout.reconfigure(errors="backslashreplace")
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     try:
         with ExitStack() as stack:
@@ -62,6 +61,7 @@ def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
     if production is not None:
         stack.callback(production.close)
     worker = ThreadPoolExecutor(1)
+    worker.submit(check_folders, options).result()
     items = iter(()) if options.watch else worker.submit(find, options).result()
 
     from defect_detection.inference.judge import Judge, NamedModel
@@ -116,13 +116,22 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("--watch takes neither images nor --files-from nor --fail-on-defect")
     if options.fail_on_defect and not options.pictures and not options.files_from:
         parser.error("--fail-on-defect needs images: without any, the examples are judged")
-    searched = [*options.pictures, *([options.watch] if options.watch else [])]
-    for folder in filter(os.path.isdir, searched):
-        heatmaps = Path(options.heatmaps).resolve() if options.heatmaps else None
-        if heatmaps is not None and heatmaps.is_relative_to(Path(folder).resolve()):
-            parser.error(f"--heatmaps lies in {folder}: heatmaps would be taken for images")
+
+
+def check_folders(options: Namespace) -> None:
+    """Raise PipelineError if a folder cannot be watched, or if heatmaps would be judged."""
     if options.watch and not os.path.isdir(options.watch):
         raise PipelineError(f"{options.watch} is not a folder. Make it, or watch another")
+    if options.heatmaps:
+        from defect_detection.inference import sources
+
+        heatmaps = Path(options.heatmaps).resolve()
+        for folder in sources.folders([options.watch] if options.watch else options.pictures):
+            if heatmaps.is_relative_to(Path(folder).resolve()):
+                raise PipelineError(
+                    f"--heatmaps lies in {folder}: heatmaps would be taken for images. Write them "
+                    f"to another folder"
+                )
 
 
 def ask_registry(options: Namespace) -> "Production":
@@ -247,7 +256,8 @@ def progress(options: Namespace) -> "AbstractContextManager[tqdm | None]":
 
     total = None
     if not options.files_from and not options.resume:
-        total = sum(1 for _ in sources.expand([p for p in options.pictures if p != "-"]))
+        named = [name for name in options.pictures if name != "-"]
+        total = sum(1 for _ in sources.expand(named, say=lambda *_: None))
     return tqdm(total=total, unit=" images")
 
 

@@ -138,7 +138,7 @@ def test_file_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, cap
     with Csv(tmp_path / "rows", resume=False) as rows:
         rows.add([row("a.png")])
     assert paths(tmp_path / "rows", Csv) == ["a.png"]
-    assert "let no other run write there (no lock: Operation not supported)" in caplog.text
+    assert "there are no locks here (Operation not supported)" in caplog.text
 
 
 CHANGES = {

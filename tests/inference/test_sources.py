@@ -71,6 +71,15 @@ def reasons(given: list[str]) -> dict[str, str]:
     }
 
 
+def test_images_of_other_kinds_are_errors_also_if_they_are_named(tree):
+    (tree / "raw.DNG").write_bytes(b"raw")
+    (tree / "list").write_text("raw.DNG\n")
+    why = "is none of JPEG, PNG, BMP, TIFF, WEBP"
+    assert reasons(["raw.DNG"]) == {"raw.DNG": why}
+    (item,) = sources.items([], "list")
+    assert str(item.source) == why
+
+
 @pytest.mark.parametrize("given", [".", "*"])
 def test_images_of_other_kinds_and_links_that_lead_nowhere_are_errors(tree, given):
     (tree / "in" / "a.HEIC").write_bytes(b"heic")

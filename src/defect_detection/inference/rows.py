@@ -68,7 +68,7 @@ COLOURS = {"defect": 31, "ok": 32, "review": 33, "unknown": 35, "error": 35}
 COLUMNS = [field.name for field in fields(Row)]
 VERDICTS = get_args(VerdictName)
 LONGEST = 1 << 16  # bytes of a row
-REST = 20  # a file is not rewritten again for so many times as long as that took
+REST = 20  # after a rewrite, the next one waits at least for so many times its duration
 
 
 class RowFile:
@@ -83,7 +83,7 @@ class RowFile:
         A last row that is incomplete is deleted.
 
         Raises:
-            PipelineError: another process writes it, it holds something else than rows, it holds
+            PipelineError: another process writes it, it holds something other than rows, it holds
                 rows that are not to be resumed, or it cannot be written.
         """
         self._path = path
@@ -142,13 +142,14 @@ class RowFile:
     def settle(self) -> None:
         """Delete the error rows of images that have a newer row.
 
-        Files that take long are done seldom; a call does nothing meanwhile.
+        A file whose rewriting takes long is rewritten seldom; until then a call does nothing.
 
         Raises:
             PipelineError: something else has changed the file.
         """
         started = time.monotonic()
-        if not self._replaced or started < self._rewritten + REST * self._took:
+        resting = started < self._rewritten + REST * self._took
+        if not self._regular or not self._replaced or resting:
             return
         self._check()
         try:
@@ -179,7 +180,7 @@ class RowFile:
             with replace_atomically(Path(os.path.realpath(self._path))) as temporary:
                 with temporary.open("wb") as file:
                     file.writelines(wanted())
-                copy = _locked(temporary)  # the lock goes with it
+                copy = _locked(temporary, say=False)  # the lock goes with it
                 self._check()
         except BaseException:
             if copy is not None:
@@ -255,6 +256,10 @@ class RowFile:
                 f"{self._path} holds {count} rows: continue with --resume, or delete it first"
             )
         if rest:
+            log.warning(
+                "%s: its last row is incomplete and is deleted: %s",
+                *(self._path, printable(rest.decode(errors="replace"))),
+            )
             self._file.truncate(self._size)
 
     def _foreign(self, number: int) -> PipelineError:
@@ -307,8 +312,12 @@ class RowFile:
         raise NotImplementedError
 
 
-def _locked(path: Path) -> io.FileIO:
+def _locked(path: Path, say: bool = True) -> io.FileIO:
     """Open a file to read it and to append, once no other process does; make it if need be.
+
+    Args:
+        path: of the file.
+        say: whether to log that there are no locks, as on some network shares.
 
     Raises:
         PipelineError: another process does.
@@ -323,8 +332,12 @@ def _locked(path: Path) -> io.FileIO:
             raise PipelineError(
                 f"{path}: another run writes rows there. Wait for its end, or give another file"
             ) from error
-        except OSError as error:  # some network shares have no locks
-            log.warning("%s: let no other run write there (no lock: %s)", path, error.strerror)
+        except OSError as error:
+            if say:
+                log.warning(
+                    "%s: there are no locks here (%s). Make sure that no other run writes there",
+                    *(path, error.strerror),
+                )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
@@ -418,7 +431,10 @@ class Output:
         return max(verdicts, key=lambda verdict: verdict != "ok")
 
     def take(self, path: str) -> bool:
-        """Return whether `kept` has a verdict on an image, once: a later row is on another one."""
+        """Return whether an earlier run has a verdict on an image, and forget it.
+
+        The next row under this path is on another image.
+        """
         has = self.kept(path) is not None
         if has:
             for file in self._files:

@@ -22,23 +22,25 @@ from defect_detection.runtime.preprocessing import (
 
 log = logging.getLogger(__name__)
 
-# Images that cannot be read here. Whoever names their folder asks about them too.
-
 Failed = Callable[[str, OSError], object]
 
 
-def expand(given: list[str]) -> Iterator[Item]:
+def expand(given: list[str], say: Callable[..., object] = log.warning) -> Iterator[Item]:
     """Return the images that are named, lie in named folders, or match globs.
 
     They are found one by one, so that a large folder takes no memory for them. What cannot be
     searched or read is among them, with the reason.
+
+    Args:
+        given: files, folders, globs.
+        say: is told, as a log is, how many files of each folder or glob are no images.
 
     Raises:
         PipelineError: a folder holds no images or a glob matches none; before the first image.
     """
     found = []
     for name in given:
-        items = _of(name)
+        items = _of(name, say)
         first = next(items, None)
         if first is None:
             what = "holds no" if os.path.isdir(name) else "matches no"
@@ -47,19 +49,37 @@ def expand(given: list[str]) -> Iterator[Item]:
     return itertools.chain.from_iterable(found)
 
 
-def _of(name: str) -> Iterator[Item]:
+def _of(name: str, say: Callable[..., object]) -> Iterator[Item]:
     if not _is_search(name):
-        yield Item(name, Path(name))
+        yield _item(name)
         return
     failed: dict[str, Item] = {}  # a glob may come to a folder in several ways
 
     def tell(path: str, error: OSError) -> None:
         failed.setdefault(os.path.normpath(path), Item(path, reason(error)))
 
+    others: Counter[str] = Counter()
     for path in _files(name, tell):
         if names_image(path):
-            yield Item(path, unreadable(path) or Path(path))
+            yield _item(path)
+        else:
+            others[Path(path).suffix.lower() or "without suffix"] += 1
     yield from failed.values()
+    if others:
+        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        say("%s: not judged: %s", name, counted)
+
+
+def _item(path: str) -> Item:
+    return Item(path, unreadable(path) or Path(path))
+
+
+def folders(given: list[str]) -> Iterator[str]:
+    """Return the folders that are searched for images."""
+    for name in given:
+        if _is_search(name):
+            matches = [name] if os.path.isdir(name) else glob.iglob(name, recursive=True)
+            yield from filter(os.path.isdir, matches)
 
 
 def _is_search(name: str) -> bool:
@@ -133,16 +153,6 @@ def walk(folder: str, failed: Failed) -> Iterator[str]:
     return filter(names_image, files_below(folder, failed))
 
 
-def _name_others(name: str) -> None:
-    """Log how many files of a folder or glob are no images, by kind."""
-    files = _files(name, lambda path, error: None) if _is_search(name) else ()
-    suffixes = (Path(path).suffix.lower() or "without suffix" for path in files)
-    others = Counter(suffix for suffix in suffixes if not names_image(suffix))
-    if others:
-        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        log.warning("%s: not judged: %s", name, counted)
-
-
 def listed(lines: Iterable[str]) -> Iterator[str]:
     """Return the paths in a list, one in each line; blank lines are skipped."""
     return (line.rstrip("\r\n") for line in lines if line.strip())
@@ -159,10 +169,7 @@ def items(named: list[str], files_from: str | None) -> Iterator[Item]:
         PipelineError: a folder, a list or standard input holds no images, or a glob matches none.
         OSError: the list cannot be read.
     """
-    others = [name for name in named if name != "-"]
-    found = expand(others)
-    for name in others:
-        _name_others(name)
+    found = expand([name for name in named if name != "-"])
     if files_from is not None:
         found = itertools.chain(found, _of_list(files_from))
     if "-" in named:
@@ -176,7 +183,7 @@ def _of_list(files_from: str) -> Iterator[Item]:
     if first is None:
         where = "standard input" if files_from == "-" else files_from
         raise PipelineError(f"{where} names no images: it has only blank lines, or none")
-    return (Item(path, Path(path)) for path in itertools.chain([first], paths))
+    return map(_item, itertools.chain([first], paths))
 
 
 def _lines(file: str) -> Iterator[str]:

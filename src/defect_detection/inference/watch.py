@@ -187,6 +187,7 @@ class Watch:
         ]
         deleted = [path for path in missing if self._seen[path].visit == self._visit]
         lost = [path for path in missing if self._seen[path].visit != self._visit]
+        lost.sort(key=lambda path: self._seen[path].visit, reverse=True)
         for path in [*deleted, *lost[REMEMBERED:]]:
             del self._seen[path]
 
