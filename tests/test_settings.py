@@ -102,6 +102,7 @@ def test_missing_section_is_named_with_its_keys(broken):
         ("decisions", "max_escape_rate", 1.0, "expected a number, at least 0, less than 1"),
         ("model_parameters", "color", "rgb", "expected one of: auto, grey"),
         ("model_parameters", "max_megapixels", 0, "is 0, expected a number, more than 0"),
+        ("model_parameters", "max_megapixels", float("inf"), "number, more than 0, at most 10000"),
         ("model_parameters", "max_megapixels", "9", 'megapixels is "9", expected a number'),
         ("decisions", "refuse_chance", "no", 'refuse_chance is "no", expected true or false'),
         ("paths", "data_path", 3, "data_path is 3, expected a text"),
@@ -215,10 +216,13 @@ def test_first_variable_is_read_also_behind_the_mark_that_windows_writes(tmp_pat
     assert settings.environment({}, file) == {"A": "file"}
 
 
-def test_line_of_the_file_that_cannot_be_understood_is_not_passed_over(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["API_TOKEN='secret", "API_TOKEN secret", "API_TOKEN:secret", "secret", "export secret"]
+)
+def test_line_of_the_file_that_cannot_be_understood_is_not_passed_over(tmp_path, line):
     """An API whose token is in a line that is ignored would run without a token."""
     file = tmp_path / ".env"
-    file.write_text("A=1\n\n# a comment\nAPI_TOKEN='secret\n")
+    file.write_text(f"A=1\n\n# a comment\n{line}\n")
     with pytest.raises(PipelineError, match=r"\.env line 4: expected NAME=value") as raised:
         settings.environment({}, file)
     assert "secret" not in str(raised.value)

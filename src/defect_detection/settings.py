@@ -141,7 +141,7 @@ class ModelParameters:
     seed: Annotated[int, Field(ge=0)]
     quantize: Quantize
     sets: Annotated[list[HyperParameters], Field(min_length=1)]
-    max_megapixels: Annotated[float, Field(gt=0)] = 100
+    max_megapixels: Annotated[float, Field(gt=0, le=10_000)] = 100
 
     def __post_init__(self) -> None:
         """Refuse two sets with one name, whose runs would look alike."""
@@ -483,7 +483,7 @@ def _read_env(path: Path) -> dict[str, str | None]:
         return {}
     text = _read_text(path)
     for found in parse_stream(io.StringIO(text)):
-        if found.error:
+        if found.error or (found.key is not None and found.value is None):
             # Not the line itself, which may hold a password.
             raise PipelineError(f"{path} line {found.original.line}: expected NAME=value")
     return dotenv_values(stream=io.StringIO(text))

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import draw_folders
+from conftest import draw_folders, resident
 from defect_detection import PipelineError
 from defect_detection.atomic import write_mapping
 from defect_detection.dataset import decoded, split
@@ -176,12 +175,6 @@ def test_memory_of_the_checks_is_given_back(tmp_path):
     found = decoded.decode(folder, folder.images("train"), "train", takes)
     assert resident() - before < 20
     assert found.images[39].any()
-
-
-def resident() -> float:
-    """Return the memory of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssFile:"))
 
 
 def names_of_all_kinds() -> list[bytes]:

@@ -116,7 +116,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     )
     *said, megabytes = done.stdout.splitlines()
     assert said == [
-        "has 177 megapixels, at most 100 are decoded (max_megapixels in src/config.yaml)"
+        "has 177 megapixels, at most 100 are decoded "
+        "(max_megapixels in src/config.yaml, when the model is trained)"
     ]
     assert float(megabytes) < 32
 
@@ -135,7 +136,7 @@ ALIKE = tiff({273: 0}, bytes(100_000), notes=8000)  # 8,000 notes of 100 KB at t
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (ALIKE, "parts that lie one upon the other"),
+        (ALIKE, "parts that share the same bytes"),
         (png(8, 8, chunk(b"eXIf", ALIKE)), "bytes of EXIF"),
         (jpeg_with_notes(ALIKE), "bytes of EXIF"),
         (encode(GREY, "WEBP", exif=ALIKE), "bytes of EXIF"),

@@ -234,7 +234,7 @@ def _cached(stem: Path, total: int, wanted: ImageFormat) -> tuple[np.ndarray, Sk
 
 
 def _start(stem: Path) -> int:
-    """Return where checksums begin: with the name, so that they also tell another file by it."""
+    """Return the checksum of the name; all others start from it, so that no other file passes."""
     return zlib.crc32(stem.name.encode())
 
 

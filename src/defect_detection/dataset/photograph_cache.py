@@ -199,7 +199,7 @@ class PhotographCache:
     def pairs(self, at_least: int) -> Iterator[tuple[str, str, int]]:
         """Yield all pairs that were compared, and whether they come from one photograph.
 
-        There must be `at_least` so many.
+        Raises the exception for `opened` if fewer than `at_least` are stored.
         """
         count = 0
         for a, b, same, checksum in self._db.execute("SELECT a, b, same, checksum FROM pairs"):

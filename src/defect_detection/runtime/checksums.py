@@ -40,7 +40,7 @@ def read(folder: Path, expected: str = "") -> dict[str, str]:
     found = {}
     for line in text.decode().splitlines():
         match = _LINE.fullmatch(line)
-        if match is None:
+        if match is None or Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
             raise ValueError(f"{FILE} is damaged")
         found[match[2]] = match[1]
     if not found:

@@ -124,6 +124,8 @@ class OodDetector:
             values = {name: saved[name] for name in cls.__dataclass_fields__}
         if not all(np.isfinite(value).all() for value in values.values()):
             raise ValueError("its limits are not finite")
+        if values["mean"].shape != (SIDE**2,) or values["components"].shape[1:] != (SIDE**2,):
+            raise ValueError("its thumbnails have another size")
         found: dict[str, Any] = {n: v if n in arrays else float(v) for n, v in values.items()}
         return cls(**found)
 

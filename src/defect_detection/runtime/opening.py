@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 100_000_000
 MOST_EXIF = 2**17  # bytes; Pillow's memory for it grows with its square
-MOST_READ = 4  # times the size of a file: all its notes may lie at the same place
+MOST_READ = 4  # times its size that a file is read: all its notes may point to the same bytes
 MOST_SCANS = 50  # of a JPEG with the most pixels; each is a pass over all, cameras write ten
 
 ORIENTATION = 0x0112  # tag of EXIF and TIFF
@@ -82,7 +82,7 @@ def _require_few(pixels: int, most: int, where: str) -> None:
     if pixels > most:
         raise TooLarge(
             f"has {math.ceil(pixels / 1e6)} megapixels{where}, at most {most / 1e6:g} are decoded "
-            f"(max_megapixels in src/config.yaml)"
+            f"(max_megapixels in src/config.yaml, when the model is trained)"
         )
 
 
@@ -97,7 +97,7 @@ class _Content(io.BytesIO):
         found = super().read(size)
         self._left -= len(found)
         if self._left < 0:
-            raise TooLarge("has parts that lie one upon the other, which would take much memory")
+            raise TooLarge("has parts that share the same bytes, which would take too much memory")
         return found
 
 

@@ -42,7 +42,7 @@ MOST_PLAIN = 1000  # images of a class without variation, for validation
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
 GENTLE = 0.3  # share of the variants that are gentle
 FILES_KEPT = 3
-LAYOUT = 2  # of a file: part of its name
+LAYOUT = 2  # version of the layout of a file; part of its name
 PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
 
 
@@ -159,6 +159,7 @@ def _complete(
     unfinished, size = path.with_suffix(PART), shape[0] * _kind(shape).itemsize
     with unfinished.open("ab+") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
+        os.utime(part.fileno())  # used now, so that it is not deleted as an old one
         if path.exists():
             with path.open("rb") as file:
                 if file.seek(0, os.SEEK_END) == size and _sound(file, path, shape) == shape[0]:
