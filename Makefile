@@ -27,10 +27,10 @@ endif
 	$(PYTHON) src/inference.py $(ARGS)
 
 test: .venv/.installed
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.installed
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 sample: .venv/.installed
 	$(PYTHON) data/sample.py

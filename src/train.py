@@ -66,8 +66,7 @@ def main() -> None:
         sets = chosen(parameters, options.set)
         print(release.describe_defects(split))
         if split.training.few_defects:
-            whole = [one for one in sets if one.head != "map"] or sets[:1]
-            sets = [replace(one, head="good") for one in whole]
+            sets = of_good_parts(sets)
         plans = [plan(config, one, takes, cache, device) for one in sets]
         if options.folds:
             tell.folds(cross_validate_sets(plans, split, experiment_id, options.folds))
@@ -93,6 +92,12 @@ def chosen(parameters: ModelParameters, name: str | None) -> list[HyperParameter
         known = ", ".join(one.name for one in parameters.sets)
         raise PipelineError(f"There is no set {name}, expected one of: {known}")
     return found
+
+
+def of_good_parts(sets: list[HyperParameters]) -> list[HyperParameters]:
+    """Return the sets that remain, with another head, where good parts alone are learned from."""
+    whole = [one for one in sets if one.head != "map"] or sets[:1]
+    return [replace(one, head="good") for one in whole]
 
 
 def plan(

@@ -212,6 +212,10 @@ class Project:
         """Change src/config.yaml."""
         self._change(self.root / "src" / "config.yaml", change)
 
+    def configure_sets(self, *sets: dict) -> None:
+        """Change the sets that are fitted."""
+        self.configure(lambda config: config["model_parameters"].update(sets=list(sets)))
+
     def configure_retraining(self, **parameters: object) -> None:
         """Change the model parameters of re_train/re_train.yaml."""
         file = self.root / "re_train" / "re_train.yaml"
@@ -380,23 +384,20 @@ def tracking_server(tmp_path_factory):
         process.wait(20)
 
 
-SMALL = {
-    "image_size": [64, 64],
-    "variants": 240,
-    "sets": [
-        {
-            "name": name,
-            "blocks": 8,
-            "views": views,
-            "head": head,
-            "learning_rate": 0.02,
-            "weight_decay": 0.01,
-            "batch_size": 16,
-            "epochs": 6,
-        }
-        for name, views, head in (("one", 1, "map"), ("two", 1, "wide"), ("three", 2, "map"))
-    ],
-}
+SETS = [
+    {
+        "name": name,
+        "blocks": 8,
+        "views": views,
+        "head": head,
+        "learning_rate": 0.02,
+        "weight_decay": 0.01,
+        "batch_size": 16,
+        "epochs": 6,
+    }
+    for name, views, head in (("one", 1, "map"), ("two", 1, "wide"), ("three", 2, "map"))
+]
+SMALL = {"image_size": [64, 64], "variants": 240, "sets": SETS[:1]}
 
 
 @pytest.fixture
@@ -430,8 +431,17 @@ SLOW_MODULES = {
 }
 
 
+# The files that take longest, in their order: begun last, one would be waited for alone.
+LONGEST = (
+    *("test_strangers", "test_pipeline", "test_real", "test_delivery", "test_promotion"),
+    *("test_fitting", "test_audit", "test_re_train", "test_workflow", "test_features"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests."""
+    """Mark slow tests; begin with the files that take longest."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if item.path.stem in SLOW_MODULES or fixtures & SLOW_FIXTURES:

@@ -22,6 +22,8 @@ import train  # noqa: E402
 from defect_detection import settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
+from defect_detection.pipeline import delivery  # noqa: E402
+from defect_detection.pipeline.delivery import Purpose  # noqa: E402
 from defect_detection.registry import store  # noqa: E402
 from defect_detection.training import features, fitting, network  # noqa: E402
 
@@ -39,24 +41,29 @@ def main() -> None:
         pictures = Path(folder) / "pictures"
         sample.draw_all(pictures, 0, DRAWN)
         drawn = DataFolder(pictures, Path(folder) / "cache")
-        split = splits.load(drawn, parameters.image_size)
+        takes = drawn.image_format(parameters.image_size, parameters.color)
+        split = splits.load(drawn, takes)
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
-        with store.connected(f"sqlite:///{folder}/mlflow.db", create=True):
-            experiment = store.open_experiment("train/benchmark")
+        purpose = Purpose(len(parameters.sets), split.training.digest, f"{folder}/best", "", "")
+        with (
+            store.connected(f"sqlite:///{folder}/mlflow.db", create=True),
+            delivery.training(Path(folder), purpose) as kept,
+        ):
+            store.open_experiment("train/benchmark")
             tracked += time.perf_counter() - started
             for hyper in parameters.sets:
                 fitting.make_deterministic(parameters.seed)
                 started = time.perf_counter()
-                made = network.build(parameters.image_size, hyper)
+                made = network.build(takes.shape, hyper)
                 sampling = parameters.sampling(Path(folder) / hyper.name)
                 computed = features.compute(made, split.training, sampling)
                 fitting.fit(made, computed, parameters.fit_parameters(hyper))
                 fitted += time.perf_counter() - started
                 one = replace(config, model_parameters=parameters)
-                plan = train.plan(one, hyper, Path(folder) / f"{hyper.name}-tracked", "cpu")
+                plan = train.plan(one, hyper, takes, Path(folder) / f"{hyper.name}-tracked", "cpu")
                 started = time.perf_counter()
-                train.fit_sets([plan], split, experiment)
+                train.fit_sets([plan], split, "train/benchmark", kept)
                 tracked += time.perf_counter() - started
     print(f"{len(parameters.sets)} sets, {len(split.training)} images")
     print(f"without MLflow {fitted:.1f} s, with MLflow {tracked:.1f} s: {tracked - fitted:+.1f} s")

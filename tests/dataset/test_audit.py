@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from conftest import draw_folders
+from conftest import SETS, draw_folders
 from defect_detection import PipelineError
 from defect_detection.atomic import write_mapping
 from defect_detection.dataset import audit, split
@@ -257,9 +257,6 @@ def test_scripts_take_names_of_all_kinds(project, tmp_path):
         for path, name in zip(sorted(folder.iterdir()), names, strict=False):
             path.rename(os.fsdecode(os.fsencode(folder) + b"/" + name + b".jpeg"))
     shutil.copy(data / "train/def_front/new\nline.jpeg", data / "test/def_front/copy\n.jpeg")
-    project.configure(
-        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:1])
-    )
     said = project.succeed(SCRIPT, "--data", data, "--groups", data / "groups.csv")
     assert r"test/def_front/copy\n.jpeg  =  train/def_front/new\nline.jpeg" in said
     assert "as groups.csv says" in project.succeed(SCRIPT, "--data", data, "--resplit", "0.3")
@@ -314,9 +311,6 @@ def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, 
     for name in ("def_front", "ok_front"):
         for number in range(5):
             shutil.copy(data / "train" / name / f"part_00{number}.jpeg", data / "test" / name)
-    project.configure(
-        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:1])
-    )
     line = "10 of 20 test images (50.0%) come from a photograph that is also in training."
     assert line in project.succeed("src/train.py", "--data", data)
     printed = project.succeed("src/evaluation.py", "--data", data)
@@ -357,9 +351,7 @@ def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project,
         name = path.relative_to(data).as_posix()
         rows[name] = f"{path.parent}{int(path.stem[-3:]) // 3}"
     write_mapping(data / "groups.csv", "path", "photo", rows)
-    project.configure(
-        lambda c: c["model_parameters"].update(sets=c["model_parameters"]["sets"][:2])
-    )
+    project.configure_sets(*SETS[:2])
     printed = project.succeed("src/train.py", "--data", data, "--folds", 2)
     assert printed.count("fold 2 of 2: 36 images of 12 photographs") == 2
     lines = [line.split() for line in printed.splitlines() if "(" in line]

@@ -2,19 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from conftest import Project, draw_folders, free_port, wait_for
+from conftest import SETS, Project, draw_folders, free_port, wait_for
+from defect_detection import StoreError, uris
+from defect_detection.pipeline import delivery, journal, record
+from defect_detection.pipeline.delivery import Purpose
+from defect_detection.pipeline.journal import RunInfo
+from defect_detection.pipeline.record import Trained
 from defect_detection.registry import store as stores
 
 
@@ -22,7 +28,7 @@ from defect_detection.registry import store as stores
 def training(project):
     """A project that fits two sets in seconds."""
     draw_folders(project.data, train=40, test=8)
-    project.configure(lambda config: config["model_parameters"]["sets"].pop())
+    project.configure_sets(*SETS[:2])
     return project
 
 
@@ -61,9 +67,9 @@ def require_whole(project: Project, uri: str) -> None:
 class Training:
     """`src/train.py` as a process of which each line can be waited for."""
 
-    def __init__(self, project: Project, uri: str):
+    def __init__(self, project: Project, uri: str, script: str = "src/train.py"):
         self.process = subprocess.Popen(
-            [sys.executable, "-u", project.root / "src" / "train.py"],
+            [sys.executable, "-u", project.root / script],
             env=project.environment() | {"MLFLOW_TRACKING_URI": uri},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -90,13 +96,37 @@ def test_store_that_is_locked_for_a_while_gets_everything_at_the_end(training):
         stores.open_experiment("first")
     running = Training(training, uri)
     running.read_until("epoch 1 of")
-    other = sqlite3.connect(training.root / "mlflow.db", check_same_thread=False)
-    other.execute("BEGIN EXCLUSIVE")
-    threading.Timer(40, other.rollback).start()
+    lock_until_it_is_said(running, training)
     assert running.end() == 0, running.said
-    assert "MLflow does not take the run one (" in running.said
     assert "Traceback" not in running.said
     require_whole(training, uri)
+
+
+def lock_until_it_is_said(running: Training, project: Project) -> None:
+    other = sqlite3.connect(project.root / "mlflow.db")
+    other.execute("BEGIN EXCLUSIVE")
+    running.read_until("MLflow does not take the run ")
+    other.rollback()
+    other.close()
+
+
+def test_retraining_goes_on_and_is_evaluated_while_the_store_is_locked(training):
+    uri = f"sqlite:///{training.root / 'mlflow.db'}"
+    with stores.connected(uri, create=True):
+        stores.open_experiment("first")
+    training.configure_retraining(epochs=2)
+    running = Training(training, uri, "re_train/re_train.py")
+    running.read_until("epoch 1 of")
+    lock_until_it_is_said(running, training)
+    assert running.end() == 0, running.said
+    with stores.connected(uri):
+        found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    (run,) = [one for one in found if one.info.run_name == "re-train"]
+    assert run.info.status == "FINISHED"
+    assert "test_accuracy" in run.data.metrics and "loss" in run.data.metrics
+    assert f"Registered as {run.data.tags['registered_version'].split('/')[1]}" in running.said
+    assert {one.info.run_name for one in found} <= {"re-train", "prod: version 1"}
+    assert not undelivered(training)
 
 
 class TrackingServer:
@@ -172,14 +202,105 @@ def test_run_of_a_killed_training_does_not_stay_running(training):
     assert not undelivered(training)
 
 
-def test_damaged_remains_of_a_training_are_named_and_stop_nothing(training):
-    remains = training.cache / "undelivered" / "damaged"
+# Without a fit: what is kept of a training, and what becomes of it.
+
+
+@pytest.fixture
+def kept(store, tmp_path, monkeypatch):
+    """Makes trainings that MLflow did not take; returns their folders."""
+
+    def make(name: str, best_file: str = "") -> Path:
+        purpose = Purpose(1, "digest", best_file, "train.py --sync", uris.without_password(store))
+        fitted = Trained(name, 1, 0.9, 0.1, 1.0, "", "")
+        with monkeypatch.context() as lost, delivery.training(tmp_path, purpose) as training:
+            lost.setattr(journal, "_start", refuse)
+            with training.run(RunInfo("train/kept", name, "", {})) as trained:
+                record.epoch(1, {"loss": 0.5})
+                trained.append(fitted)
+        (folder,) = training.folder.glob("*/run.json")
+        return folder.parent
+
+    return make
+
+
+def refuse(info: RunInfo) -> None:
+    raise MlflowException("no answer")
+
+
+def known_runs(name: str) -> list:
+    found = mlflow.search_runs(experiment_names=["train/kept"], output_format="list")
+    return [run for run in found if run.info.run_name == name]
+
+
+def test_training_is_delivered_to_its_own_store_only(kept, store, tmp_path, capsys):
+    folder = kept("own")
+    delivery.deliver_all(tmp_path, "sqlite:////another/mlflow.db", strict=True)
+    assert folder.exists() and capsys.readouterr().out == ""
+    delivery.deliver_all(tmp_path, store, strict=True)
+    assert capsys.readouterr().out == "Delivered from a former training: own\n"
+    (run,) = known_runs("own")
+    assert run.data.metrics == {"loss": 0.5}
+    assert not folder.parent.exists()
+
+
+def gone_run(folder: Path) -> None:
+    run = MlflowClient().create_run(stores.open_experiment("train/kept"))
+    MlflowClient().delete_run(run.info.run_id)
+    info = json.loads((folder / "run.json").read_text()) | {"run_id": run.info.run_id}
+    (folder / "run.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        gone_run,
+        lambda folder: (folder / "entries.jsonl").unlink(),
+        lambda folder: (folder / "run.json").write_text(""),
+        lambda folder: (folder / "run.json").write_text("{}"),
+        lambda folder: (folder / "entries.jsonl").write_text('{"call": "params"}\n'),
+    ],
+)
+def test_training_that_cannot_be_delivered_stops_no_other(
+    kept, store, tmp_path, caplog, capsys, spoil
+):
+    spoiled = kept("spoiled")
+    spoil(spoiled)
+    whole = kept("whole")
+    caplog.clear()
+    delivery.deliver_all(tmp_path, store)
+    assert capsys.readouterr().out == "Delivered from a former training: whole\n"
+    assert not whole.exists() and spoiled.exists()
+    (message,) = caplog.messages
+    assert message.startswith("MLflow does not take what was fitted (")
+    assert f"but does not evaluate it. If nobody needs it, delete {spoiled.parent}" in message
+    with pytest.raises(StoreError, match="MLflow does not take what was fitted"):
+        delivery.deliver_all(tmp_path, store, strict=True)
+    assert mlflow.active_run() is None
+
+
+def test_folder_that_another_process_has_just_delivered_is_left_alone(
+    kept, store, tmp_path, monkeypatch, capsys
+):
+    folder = kept("another").parent
+    locked = delivery._locked
+
+    def too_late(path: Path):
+        shutil.rmtree(path)
+        return locked(path)
+
+    monkeypatch.setattr(delivery, "_locked", too_late)
+    delivery.deliver_all(tmp_path, store, strict=True)
+    assert capsys.readouterr().out == "" and not folder.exists()
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"trained": 1}', '{"trained": {}}'])
+def test_damaged_remains_of_a_training_are_named_and_stop_nothing(
+    kept, store, tmp_path, caplog, capsys, content
+):
+    remains = tmp_path / "undelivered" / "damaged"
     remains.mkdir(parents=True)
-    with stores.connected(f"sqlite:///{training.root / 'mlflow.db'}", create=True):
-        stores.open_experiment("first")
-    for content in ("", "null", "[]", '{"trained": 1}'):
-        (remains / "training.json").write_text(content)
-        done = training.run("src/train.py", "--sync")
-        assert done.returncode == 0 and "Traceback" not in done.stderr
-        assert f"{remains / 'training.json'} cannot be read" in done.stderr
-    (remains / "training.json").unlink()
+    (remains / "training.json").write_text(content)
+    kept("whole")
+    delivery.deliver_all(tmp_path, store, strict=True)
+    assert f"{remains / 'training.json'} cannot be read" in caplog.text
+    assert capsys.readouterr().out == "Delivered from a former training: whole\n"

@@ -2,27 +2,28 @@
 
 import re
 import shutil
+from dataclasses import replace
 
-import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 import kinds
-from conftest import Project, draw_folders
+import train
+from conftest import SETS, Project, draw_folders
+from defect_detection import PipelineError, settings
+from defect_detection.dataset import split
+from defect_detection.dataset.folder import DataFolder
+from defect_detection.evaluation import release
 from defect_detection.registry import store, versions
-
-COUNTS = {"train": 24, "test": 8}
+from defect_detection.runtime.preprocessing import ImageFormat
+from defect_detection.settings import HyperParameters
 
 
 @pytest.fixture
 def one_set(project: Project) -> Project:
     """A project with one set, whose head is wide."""
-
-    def change(config: dict) -> None:
-        config["model_parameters"]["sets"] = config["model_parameters"]["sets"][1:2]
-
-    project.configure(change)
+    project.configure_sets(SETS[1])
     return project
 
 
@@ -59,31 +60,6 @@ def test_good_parts_alone(one_set, tmp_path):
     assert expected in last and last.rstrip().endswith("/report.html")
 
 
-@pytest.mark.parametrize("head", ["map", "wide"])
-def test_any_set_learns_from_good_parts_alone_if_there_are_few_defects(project, tmp_path, head):
-    def change(config: dict) -> None:
-        parameters = config["model_parameters"]
-        parameters["sets"] = [one for one in parameters["sets"] if one["head"] == head][:1]
-
-    project.configure(change)
-    data = draw_folders(tmp_path / "pictures", train=12, test=2)
-    for path in sorted((data / "train" / "def_front").iterdir())[1:]:
-        path.unlink()
-    project.succeed("src/train.py", "--data", data)
-    with store.connected(f"sqlite:///{project.root}/mlflow.db"):
-        (run,) = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
-    assert run.data.params["head"] == "good"
-
-
-def test_few_defects_are_judged_and_tell_what_they_can(one_set, tmp_path):
-    data = draw_folders(tmp_path / "pictures", train=30, test=6)
-    for path in sorted((data / "train" / "def_front").iterdir())[3:]:
-        path.unlink()
-    printed = one_set.succeed("src/train.py", "--data", data)
-    assert "3 photographs of defects to learn from, fewer than 10" in printed
-    assert "6 photographs of defects to test with: if all are found, up to 45.9%" in printed
-
-
 def test_two_products_in_one_store_do_not_meet(one_set, tmp_path):
     data = draw_folders(tmp_path / "pictures", train=24, test=8)
     config = yaml.safe_load((one_set.root / "src" / "config.yaml").read_text())
@@ -107,9 +83,28 @@ def test_two_products_in_one_store_do_not_meet(one_set, tmp_path):
     assert (one_set.root / "src" / "config.yaml").read_text() == before
 
 
-def test_one_set_can_be_tried_by_its_name(project, tmp_path):
-    data = draw_folders(tmp_path / "pictures", train=12, test=2)
-    printed = project.succeed("src/train.py", "--data", data, "--set", "three")
-    assert "Set 1 of 1: three" in printed
-    last = project.fail("src/train.py", "--data", data, "--set", "thre")
-    assert "There is no set thre, expected one of: one, two, three" in last
+def test_one_set_can_be_tried_by_its_name():
+    sets = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
+    assert [one.name for one in train.chosen(sets, "small")] == ["small"]
+    assert train.chosen(sets, None) == sets.sets
+    with pytest.raises(PipelineError, match="There is no set smal, expected one of: local, wide,"):
+        train.chosen(sets, "smal")
+
+
+def test_any_set_learns_from_good_parts_alone_if_there_are_few_defects():
+    one, two, three = (HyperParameters(**one) for one in SETS)
+    assert train.of_good_parts([one, two, three]) == [replace(two, head="good")]
+    assert train.of_good_parts([one, three]) == [replace(one, head="good")]
+
+
+def test_few_defects_are_said_before_training(tmp_path):
+    data = draw_folders(tmp_path / "pictures", train=30, test=6)
+    for path in sorted((data / "train" / "def_front").iterdir())[3:]:
+        path.unlink()
+    loaded = split.load(DataFolder(data, tmp_path / "cache"), ImageFormat(64, 64))
+    assert loaded.training.few_defects
+    assert release.describe_defects(loaded) == (
+        "3 photographs of defects to learn from, fewer than 10: models learn from good parts "
+        "alone, and defects are only judged. 6 photographs of defects to test with: if all are "
+        "found, up to 45.9% of the defects may pass nevertheless (95% bound)."
+    )

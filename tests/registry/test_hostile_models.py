@@ -5,6 +5,8 @@ import json
 import marshal
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,9 +104,10 @@ def as_lambda(layer: dict, marker: Path) -> None:
 
     code = compile(f"(lambda x: open({str(marker)!r}, 'w'))", "", "eval").co_consts[0]
     body = base64.b64encode(marshal.dumps(code)).decode()
-    function = {"class_name": "__lambda__", "config": {"code": body}}
+    config = {"code": body, "defaults": None, "closure": None}
+    function = {"class_name": "__lambda__", "config": config}
     layer.update(module="keras.layers", class_name="Lambda", registered_name=None)
-    layer["config"] = {"name": "pad", "function": function, "output_shape": [32, 32, 1]}
+    layer["config"] = {"name": "pad", "function": function}
 
 
 def calling(module: str, name: str, **config: object) -> Callable[[dict, Path], None]:
@@ -254,6 +257,27 @@ def test_model_runs_nothing_where_it_is_loaded(how, stored, store, tmp_path, mon
         except PipelineError:
             pass
         assert not marker.exists()
+
+
+NAIVE = {
+    "custom objects": "import mlflow; mlflow.tensorflow.load_model(model)",
+    "loader module": "import mlflow; mlflow.pyfunc.load_model(model)",
+    "lambda": "import keras; keras.saving.load_model(f'{model}/data/model.keras', safe_mode=False)",
+    "objects among limits": "import numpy; numpy.load(f'{model}/scope.npz', allow_pickle=True)"
+    "['mean']",
+    "tag of YAML": "import yaml; yaml.unsafe_load(open(f'{model}/MLmodel'))",
+    "pickle for a LiteRT file": "import pickle; pickle.load(open(f'{model}/model.tflite', 'rb'))",
+}
+
+
+@pytest.mark.parametrize("how", NAIVE)
+def test_such_a_model_runs_something_where_it_is_loaded_otherwise(how, stored, tmp_path):
+    """Else the test above could not fail."""
+    marker = tmp_path / "ran"
+    HOSTILE[how](stored, marker)
+    program = f"import sys; model = sys.argv[1]; {NAIVE[how]}"
+    subprocess.run([sys.executable, "-c", program, stored], capture_output=True)
+    assert marker.exists()
 
 
 def test_model_that_was_changed_in_the_store_is_refused(stored, store, logged_model, tmp_path):

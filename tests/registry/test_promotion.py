@@ -501,9 +501,8 @@ def _killed(uri: str, name: str, what: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["promote", "choose"])
-@pytest.mark.parametrize("kind", ["sqlite", "server"])
-def test_kill_at_any_step_leaves_the_old_or_the_new_state_whole(kind, what, request):
-    uri = request.getfixturevalue("_store" if kind == "sqlite" else "tracking_server")
+def test_kill_at_any_step_leaves_the_old_or_the_new_state_whole(what, _store):
+    uri = _store
     states, killed = [], True
     with store.connected(uri):
         store.open_experiment("train/promotion")

@@ -54,12 +54,11 @@ DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [
 ]
 
 
+PARTS = [encoded(draw_part(np.random.default_rng(seed), defect=seed % 2 == 0)) for seed in range(4)]
+
+
 def verdicts(folder: Path) -> list[dict]:
-    parts = [draw_part(np.random.default_rng(seed), defect=seed % 2 == 0) for seed in range(4)]
-    return [
-        one.as_dict()
-        for one in Classifier.load(folder).classify_all([encoded(one) for one in parts])
-    ]
+    return [one.as_dict() for one in Classifier.load(folder).classify_all(PARTS)]
 
 
 def test_no_damaged_copy_of_a_model_gives_another_verdict(model_folder, tmp_path):
