@@ -1,6 +1,7 @@
 """What all scripts share: the parser, logging, and errors in one line."""
 
 import argparse
+import gc
 import logging
 import os
 import shlex
@@ -129,3 +130,5 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # else Python looks through a million objects before it ends: 2 s

@@ -562,7 +562,7 @@ def test_watched_folder_that_goes_away_is_named_and_its_images_are_judged_once(w
     wait_for(lambda: len(watching.names()) > 3)
     time.sleep(0.5)
     assert watching.names()[3:] == ["new.jpeg"]
-    assert watching.said().count("is away (") == watching.said().count("is back") == 1
+    assert watching.said().count("is away (") == watching.said().count("arriving is back\n") == 1
 
 
 @pytest.mark.parametrize("change", ["delete", "append", "truncate"])

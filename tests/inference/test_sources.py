@@ -133,6 +133,15 @@ def test_list_of_nothing_is_refused(tree, monkeypatch, content):
             sources.items(["a.jpeg"], files_from)
 
 
+def test_list_without_ends_of_lines_is_refused(tree, monkeypatch):
+    (tree / "list").write_text("a.jpeg\n" + "a" * 100_000)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        for files_from, where in (("list", "list: line 2"), ("-", "standard input: line 1")):
+            with pytest.raises(PipelineError, match=f"{where} is longer than any path"):
+                list(sources.items([], files_from))
+
+
 @pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO(b""))])
 def test_standard_input_without_an_image_is_refused(monkeypatch, stdin):
     monkeypatch.setattr(sys, "stdin", stdin)

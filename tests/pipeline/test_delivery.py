@@ -70,7 +70,8 @@ class Training:
     def __init__(self, project: Project, uri: str, script: str = "src/train.py"):
         self.process = subprocess.Popen(
             [sys.executable, "-u", project.root / script],
-            env=project.environment() | {"MLFLOW_TRACKING_URI": uri},
+            env=project.environment()
+            | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

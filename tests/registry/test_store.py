@@ -169,7 +169,12 @@ def test_database_that_another_training_is_making_is_waited_for(sound, tmp_path)
     """SQLite makes the file first, and fills it at the first commit."""
     path = tmp_path / "mlflow.db"
     path.touch()
-    made = threading.Timer(0.5, lambda: fill(path, sound.read_bytes()))
+
+    def make() -> None:
+        with closing(sqlite3.connect(sound)) as source, closing(sqlite3.connect(path)) as target:
+            source.backup(target)
+
+    made = threading.Timer(0.5, make)
     made.start()
     with stores.connected(f"sqlite:///{path}", create=True):
         assert MlflowClient().search_experiments()

@@ -48,6 +48,8 @@ if how == "die":
     os.kill(os.getpid(), 9)
 if how != "hang":
     reporter.result("Production_Reg", 3, 0.9)
+if how == "fail late":
+    sys.exit("error: the examples are away")
 while how in ("hang", "linger"):
     time.sleep(0.01)
 """
@@ -347,6 +349,15 @@ def test_on_a_disk_that_is_really_full_a_job_is_cancelled_and_one_that_goes_on_s
 
 
 # What the end of a job tells.
+
+
+def test_result_counts_also_if_something_fails_after_it_and_that_is_said(bench):
+    jobs = bench.jobs()
+    job = jobs.start(RetrainOverrides())
+    bench.go("fail late")
+    ended = jobs.wait(job.id)
+    assert (ended.state, ended.message) == ("succeeded", "error: the examples are away")
+    assert ended.result["version"] == 3
 
 
 def test_result_counts_also_if_the_job_is_cancelled_after_it(bench):

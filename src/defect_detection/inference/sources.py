@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from defect_detection import PipelineError
 from defect_detection.inference.judge import Item
@@ -21,6 +22,8 @@ from defect_detection.runtime.preprocessing import (
 )
 
 log = logging.getLogger(__name__)
+
+LONGEST_PATH = 8192  # characters; no system has longer ones
 
 Failed = Callable[[str, OSError], object]
 
@@ -59,13 +62,15 @@ def _of(name: str, say: Callable[..., object]) -> Iterator[Item]:
         failed.setdefault(os.path.normpath(path), Item(path, reason(error)))
 
     others: Counter[str] = Counter()
+    found = False
     for path in _files(name, tell):
         if names_image(path):
+            found = True
             yield _item(path)
         else:
             others[Path(path).suffix.lower() or "without suffix"] += 1
     yield from failed.values()
-    if others:
+    if found and others:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         say("%s: not judged: %s", name, counted)
 
@@ -190,10 +195,20 @@ def _lines(file: str) -> Iterator[str]:
     if file != "-":
         # Names of files need not be UTF-8.
         with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-            yield from lines
+            yield from _limited(lines, file)
     elif sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        yield from sys.stdin
+        yield from _limited(sys.stdin, "standard input")
+
+
+def _limited(lines: TextIO, where: str) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = lines.readline(LONGEST_PATH)
+        if len(line) == LONGEST_PATH:
+            raise PipelineError(f"{where}: line {number} is longer than any path")
+        if not line:
+            return
+        yield line
 
 
 def _standard_input() -> bytes | UnreadableImage:

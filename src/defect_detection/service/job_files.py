@@ -242,10 +242,12 @@ def _message(
     folder: Path, ended: Ended | None, result: Result | None, prepared: Result | None
 ) -> list[str]:
     """Return why a job ended as it did, in lines."""
+    lines = [line for line in tail(folder / LOG, 4096)[1].splitlines() if line.strip()]
     if result:
         late = "but too late: it had registered its model by then"
-        return [f"{ended.message}, {late}"] if ended else []
-    lines = [line for line in tail(folder / LOG, 4096)[1].splitlines() if line.strip()]
+        if ended:
+            return [f"{ended.message}, {late}"]
+        return [line for line in lines[-1:] if line.startswith("error: ")]  # after it
     told = [ended.message] if ended else lines[-LAST_LINES:]
     if prepared:
         told.append(
