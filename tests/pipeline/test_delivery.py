@@ -91,18 +91,6 @@ class Training:
         return self.process.returncode
 
 
-def test_store_that_is_locked_for_a_while_gets_everything_at_the_end(training):
-    uri = f"sqlite:///{training.root / 'mlflow.db'}"
-    with stores.connected(uri, create=True):
-        stores.open_experiment("first")
-    running = Training(training, uri)
-    running.read_until("epoch 1 of")
-    lock_until_it_is_said(running, training)
-    assert running.end() == 0, running.said
-    assert "Traceback" not in running.said
-    require_whole(training, uri)
-
-
 def lock_until_it_is_said(running: Training, project: Project) -> None:
     other = sqlite3.connect(project.root / "mlflow.db")
     other.execute("BEGIN EXCLUSIVE")
