@@ -12,6 +12,7 @@ they are accepted from this machine only.
 """
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -47,7 +48,9 @@ def main() -> None:
     store = health.StoreWatch(settings.tracking_uri(env), names.production_model_name)
     store.begin(FIRST_LOOK)
     app = create_app(jobs, store, env.get("API_TOKEN"))
-    server.create(app, options.host, options.port).run()
+    served = server.create(app, options.host, options.port)
+    gc.freeze()  # else each search for garbage looks through all of MLflow: a fifth of a second
+    served.run()
 
 
 def arguments(env: Mapping[str, str]) -> argparse.Namespace:
