@@ -44,7 +44,7 @@ def fetch(source: Source) -> LocalVersion:
         PipelineError: no version is in production, or its files cannot be fetched.
         StoreError: the registry cannot be reached.
     """
-    from defect_detection.registry import promotion, saved_model, store, versions
+    from defect_detection.registry import saved_model, store, versions
 
     with store.connected(source.store):
         version = versions.in_production(source.name)
@@ -55,7 +55,7 @@ def fetch(source: Source) -> LocalVersion:
         checksum = version.tags.get(saved_model.CHECKSUM, "")
         if not _is_whole(folder, checksum):
             _fetch_files(version, folder)
-        moved = promotion.moved_outside(source.name)
+        moved = _moved_outside(source, folder)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = LocalVersion(
         version.name, version.number, version.acc, str(folder), now, checksum, moved
@@ -65,6 +65,19 @@ def fetch(source: Source) -> LocalVersion:
     os.utime(folder)
     _delete_old(source.models)
     return found
+
+
+def _moved_outside(source: Source, folder: Path) -> str:
+    """Return a warning if the alias was moved without a record.
+
+    It costs 25 ms, so it is asked only if that was not so or not known at the last call.
+    """
+    last = source.last_known()
+    if last is not None and last.folder == str(folder) and not last.moved_outside:
+        return ""
+    from defect_detection.registry import promotion
+
+    return promotion.moved_outside(source.name)
 
 
 def _nothing_in_production(source: Source) -> str:

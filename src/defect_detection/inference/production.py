@@ -77,6 +77,14 @@ class Source:
         """The file that says which version had the alias prod last."""
         return self.models / f"prod-{short_hash(uris.place(self.store))}-{self.name}.json"
 
+    def last_known(self) -> LocalVersion | None:
+        """Return the version that had the alias prod last, None if that is not known here."""
+        try:
+            last = LocalVersion(**json.loads(self.last_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return last if Path(last.folder).is_dir() else None
+
 
 class Production:
     """Follows the version that has the alias prod."""
@@ -165,7 +173,7 @@ class Production:
                 log.warning("%s", found.moved_outside)
             self._said = found.moved_outside
             return found
-        last = self._last_known()
+        last = self._source.last_known()
         if not answer["store"] or last is None:
             raise PipelineError(answer["error"])
         if not self._lost:
@@ -188,13 +196,6 @@ class Production:
                 return {"error": "The registry cannot be asked; see above", "store": False}
             finally:
                 child.kill()
-
-    def _last_known(self) -> LocalVersion | None:
-        try:
-            last = LocalVersion(**json.loads(self._source.last_file.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return last if Path(last.folder).is_dir() else None
 
 
 def short_hash(text: str) -> str:
