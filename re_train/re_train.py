@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from defect_detection import cli, progress, settings, uris  # noqa: E402
+from defect_detection import cli, progress, settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
 from defect_detection.dataset.split import Split  # noqa: E402
@@ -84,9 +84,8 @@ def main() -> None:
     evaluation = EvaluationPlan(rules, prefix="test_", outcome=reporter)
 
     cache = settings.from_root(config.paths.cache)
-    uri = settings.tracking_uri(env)
-    with store.connected(uri, create=True):
-        delivery.deliver_all(cache, uri)
+    with store.connected(settings.tracking_uri(env), create=True):
+        delivery.deliver_all(cache)
         promotion.check_record(names.production_model_name)
         store.open_experiment(names.experiment_name)  # an error comes before the work
         examples = folder.examples(own.inference_examples, print)
@@ -97,7 +96,7 @@ def main() -> None:
         print(f"Starting from {start.source}\n{split.leakage}", flush=True)
         planned = plan(config, own, overrides, start, device)
         said = f"A retraining from {start.source} on {split.training}, judged on {split.testing}."
-        purpose = Purpose(1, split.training.digest, "", SYNC, uris.without_password(uri))
+        purpose = Purpose(1, split.training.digest, "", SYNC)
         with delivery.training(cache, purpose) as kept:
             with kept.run(RunInfo(names.experiment_name, "re-train", said, {})) as fitted:
                 fitted.append(fit_and_record(start, split, planned, reporter))

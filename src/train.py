@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import PipelineError, cli, progress, settings, uris
+from defect_detection import PipelineError, cli, progress, settings
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
@@ -50,9 +50,8 @@ def main() -> None:
     best_file = config.best_model
     require_writable(best_file.parent)
 
-    uri = settings.tracking_uri(env)
-    with store.connected(uri, create=not options.sync):
-        delivery.deliver_all(cache, uri, strict=options.sync)
+    with store.connected(settings.tracking_uri(env), create=not options.sync):
+        delivery.deliver_all(cache, strict=options.sync)
         if options.sync:
             return
         experiment = f"train/{config.names.experiment_name}"
@@ -72,8 +71,7 @@ def main() -> None:
             tell.folds(cross_validate_sets(plans, split, experiment_id, options.folds))
             return
         sync = f"{cli.command('src/train.py', options)} --sync"
-        place = uris.without_password(uri)
-        purpose = Purpose(len(plans), split.training.digest, str(best_file), sync, place)
+        purpose = Purpose(len(plans), split.training.digest, str(best_file), sync)
         with delivery.training(cache, purpose) as kept:
             fit_sets(plans, split, experiment, kept)
             kept.finish()

@@ -45,7 +45,7 @@ def main() -> None:
         split = splits.load(drawn, takes)
         fitted, tracked = 0.0, 0.0
         started = time.perf_counter()
-        purpose = Purpose(len(parameters.sets), split.training.digest, f"{folder}/best", "", "")
+        purpose = Purpose(len(parameters.sets), split.training.digest, f"{folder}/best", "")
         with (
             store.connected(f"sqlite:///{folder}/mlflow.db", create=True),
             delivery.training(Path(folder), purpose) as kept,

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from conftest import SETS, Project, draw_folders, free_port, wait_for
-from defect_detection import StoreError, uris
+from defect_detection import StoreError
 from defect_detection.pipeline import delivery, journal, record
 from defect_detection.pipeline.delivery import Purpose
 from defect_detection.pipeline.journal import RunInfo
@@ -199,7 +199,7 @@ def kept(store, tmp_path, monkeypatch):
     """Makes trainings that MLflow did not take; returns their folders."""
 
     def make(name: str, best_file: str = "") -> Path:
-        purpose = Purpose(1, "digest", best_file, "train.py --sync", uris.without_password(store))
+        purpose = Purpose(1, "digest", best_file, "train.py --sync")
         fitted = Trained(name, 1, 0.9, 0.1, 1.0, "", "")
         with monkeypatch.context() as lost, delivery.training(tmp_path, purpose) as training:
             lost.setattr(journal, "_start", refuse)
@@ -223,9 +223,11 @@ def known_runs(name: str) -> list:
 
 def test_training_is_delivered_to_its_own_store_only(kept, store, tmp_path, capsys):
     folder = kept("own")
-    delivery.deliver_all(tmp_path, "sqlite:////another/mlflow.db", strict=True)
+    mlflow.set_tracking_uri("sqlite:////another/mlflow.db")
+    delivery.deliver_all(tmp_path, strict=True)
     assert folder.exists() and capsys.readouterr().out == ""
-    delivery.deliver_all(tmp_path, store, strict=True)
+    mlflow.set_tracking_uri(store)
+    delivery.deliver_all(tmp_path, strict=True)
     assert capsys.readouterr().out == "Delivered from a former training: own\n"
     (run,) = known_runs("own")
     assert run.data.metrics == {"loss": 0.5}
@@ -256,14 +258,14 @@ def test_training_that_cannot_be_delivered_stops_no_other(
     spoil(spoiled)
     whole = kept("whole")
     caplog.clear()
-    delivery.deliver_all(tmp_path, store)
+    delivery.deliver_all(tmp_path)
     assert capsys.readouterr().out == "Delivered from a former training: whole\n"
     assert not whole.exists() and spoiled.exists()
     (message,) = caplog.messages
     assert message.startswith("MLflow does not take what was fitted (")
     assert f"but does not evaluate it. If nobody needs it, delete {spoiled.parent}" in message
     with pytest.raises(StoreError, match="MLflow does not take what was fitted"):
-        delivery.deliver_all(tmp_path, store, strict=True)
+        delivery.deliver_all(tmp_path, strict=True)
     assert mlflow.active_run() is None
 
 
@@ -278,7 +280,7 @@ def test_folder_that_another_process_has_just_delivered_is_left_alone(
         return locked(path)
 
     monkeypatch.setattr(delivery, "_locked", too_late)
-    delivery.deliver_all(tmp_path, store, strict=True)
+    delivery.deliver_all(tmp_path, strict=True)
     assert capsys.readouterr().out == "" and not folder.exists()
 
 
@@ -290,6 +292,6 @@ def test_damaged_remains_of_a_training_are_named_and_stop_nothing(
     remains.mkdir(parents=True)
     (remains / "training.json").write_text(content)
     kept("whole")
-    delivery.deliver_all(tmp_path, store, strict=True)
+    delivery.deliver_all(tmp_path, strict=True)
     assert f"{remains / 'training.json'} cannot be read" in caplog.text
     assert capsys.readouterr().out == "Delivered from a former training: whole\n"

@@ -59,6 +59,13 @@ def promote(name: str, digest: str = DIGEST, score: Callable[[Version], bool] = 
     return promotion.promote(Election(name, digest, score), "tester").number
 
 
+def evaluate(name: str, *accuracies: float) -> None:
+    """Register a version for each accuracy, and promote after each."""
+    for acc in accuracies:
+        register(name, acc)
+        promote(name)
+
+
 def prod(name: str) -> int | None:
     found = versions.with_alias(name, "prod")
     return found and found.number
@@ -199,9 +206,7 @@ def test_no_change_leaves_no_record(name):
 
 
 def test_persons_choice_stands_against_the_next_evaluations_until_something_better(name):
-    for acc in (0.7, 0.8, 0.9):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8, 0.9)
     change = promotion.choose(name, 1, "fewer escapes", "person")
     assert (change.before, change.after, change.set_aside) == (3, 1, [2, 3])
     register(name, 0.65)
@@ -214,9 +219,7 @@ def test_persons_choice_stands_against_the_next_evaluations_until_something_bett
 
 
 def test_rollback_restores_the_former_version_and_again_the_one_before(name):
-    for acc in (0.7, 0.8, 0.9):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8, 0.9)
     for expected in (2, 1):
         assert promotion.roll_back(name, "scratches", "person").after == expected
         assert prod(name) == expected
@@ -259,9 +262,7 @@ def test_rollback_sets_aside_all_numbers_of_a_model(name):
 
 
 def test_rollback_works_after_two_evaluations_moved_the_alias_at_once(name, monkeypatch):
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     register(name, 0.9)
     move, once = promotion._move, []
 
@@ -283,9 +284,7 @@ def test_rollback_works_after_two_evaluations_moved_the_alias_at_once(name, monk
 
 def test_record_of_a_change_to_itself_does_not_stop_a_rollback(name, monkeypatch):
     """Two evaluations at once left such records."""
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     present = versions.in_production(name)
     promotion._move(present, present, "highest acc", "tester")
     newest = promotion.history(name)[0].change
@@ -295,9 +294,7 @@ def test_record_of_a_change_to_itself_does_not_stop_a_rollback(name, monkeypatch
 
 def test_alias_that_was_moved_outside_is_said_until_a_person_settles_it(name, caplog):
     promotion.check_record(name)
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     promotion.check_record(name)
     assert not caplog.records
     client = MlflowClient()
@@ -315,9 +312,7 @@ def test_alias_that_was_moved_outside_is_said_until_a_person_settles_it(name, ca
 
 @pytest.mark.parametrize("when", ["before the alias", "after the alias"])
 def test_evaluation_in_the_middle_of_a_rollback_does_not_undo_it(name, monkeypatch, when):
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     real, once = versions.set_alias, []
 
     def evaluated(*arguments):
@@ -338,9 +333,7 @@ def test_evaluation_in_the_middle_of_a_rollback_does_not_undo_it(name, monkeypat
 
 
 def test_rollback_in_the_middle_of_an_evaluation_stands(name, monkeypatch):
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     register(name, 0.9)
     real, once = Election.result, []
 
@@ -356,9 +349,7 @@ def test_rollback_in_the_middle_of_an_evaluation_stands(name, monkeypatch):
 
 
 def test_runs_that_others_put_beside_the_record_change_nothing(name):
-    for acc in (0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.8)
     experiment = mlflow.get_experiment_by_name(f"promotion/{name}").experiment_id
     client = MlflowClient()
     for content in (None, "", "{", "[]", '{"after": 2}', "null"):
@@ -372,9 +363,7 @@ def test_runs_that_others_put_beside_the_record_change_nothing(name):
 
 
 def test_versions_as_good_as_the_chosen_one_are_not_set_aside(name):
-    for acc in (0.7, 0.7, 0.8):
-        register(name, acc)
-        promote(name)
+    evaluate(name, 0.7, 0.7, 0.8)
     assert promotion.choose(name, 1, "fewer escapes", "person").set_aside == [3]
 
 

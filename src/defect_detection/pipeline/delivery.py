@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import mlflow
+
 from defect_detection import PipelineError, StoreError, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.pipeline import journal, record, tell
@@ -34,14 +36,12 @@ class Purpose:
         data_digest: of the training images.
         best_file: the file that names the best model, "" for a retraining, which writes none.
         sync: the call that delivers what is kept, for messages.
-        store: URI of the tracking store, without its password.
     """
 
     sets: int
     data_digest: str
     best_file: str
     sync: str
-    store: str
 
 
 class Training:
@@ -50,12 +50,13 @@ class Training:
     Attributes:
         folder: where it is kept.
         purpose: what it is for.
+        store: URI of its tracking store, without the password.
         trained: the sets that were fitted, by the names of their runs' folders.
     """
 
-    def __init__(self, folder: Path, purpose: Purpose, trained: dict[str, Trained]):
+    def __init__(self, folder: Path, purpose: Purpose, store: str, trained: dict[str, Trained]):
         """Describe a training that is kept in a folder."""
-        self.folder, self.purpose, self.trained = folder, purpose, trained
+        self.folder, self.purpose, self.store, self.trained = folder, purpose, store, trained
 
     @property
     def best(self) -> Trained:
@@ -108,15 +109,16 @@ class Training:
 
     def _write(self) -> None:
         trained = {name: asdict(one) for name, one in self.trained.items()}
+        kept = {"purpose": asdict(self.purpose), "store": self.store, "trained": trained}
         with replace_atomically(self.folder / TRAINING) as temporary:
-            temporary.write_text(json.dumps({"purpose": asdict(self.purpose), "trained": trained}))
+            temporary.write_text(json.dumps(kept))
 
 
 @contextmanager
 def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
-    """Keep a training below `cache`; delete it after the block if MLflow has all of it."""
+    """Keep a training below `cache`; delete it after the block if the connected store has it."""
     name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    made = Training(cache / FOLDER / name, purpose, {})
+    made = Training(cache / FOLDER / name, purpose, _connected_store(), {})
     made.folder.mkdir(parents=True)
     with _locked(made.folder):
         made._write()
@@ -126,15 +128,14 @@ def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
             _delete_if_delivered(made.folder)
 
 
-def deliver_all(cache: Path, uri: str, strict: bool = False) -> None:
-    """Deliver what former trainings left for a store, and print what was delivered.
+def deliver_all(cache: Path, strict: bool = False) -> None:
+    """Deliver what former trainings left for the connected store, and print what was delivered.
 
     Trainings of processes that are still running are left alone, and so are those for other
     stores. What MLflow does not take is kept, with a warning.
 
     Args:
         cache: as for `training`.
-        uri: of the store.
         strict: whether what MLflow does not take is an error; all others are delivered before.
 
     Raises:
@@ -144,7 +145,7 @@ def deliver_all(cache: Path, uri: str, strict: bool = False) -> None:
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
         with _locked(folder) as free:
             former = _read(folder) if free else None
-            if former is None or former.purpose.store != uris.without_password(uri):
+            if former is None or former.store != _connected_store():
                 continue
             try:
                 best = former.finish()
@@ -159,11 +160,15 @@ def deliver_all(cache: Path, uri: str, strict: bool = False) -> None:
         raise failed
 
 
+def _connected_store() -> str:
+    return uris.without_password(mlflow.get_tracking_uri())
+
+
 def _read(folder: Path) -> Training | None:
     try:
         known = json.loads((folder / TRAINING).read_text())
         trained = {name: Trained(**one) for name, one in known["trained"].items()}
-        return Training(folder, Purpose(**known["purpose"]), trained)
+        return Training(folder, Purpose(**known["purpose"]), known["store"], trained)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be read (%s). Delete it", folder / TRAINING, error)
         return None

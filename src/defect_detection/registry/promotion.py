@@ -51,6 +51,9 @@ class Change:
     figures: dict[str, dict[str, str]]
 
 
+_CHANGES = TypeAdapter(Change)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A change in the tracking store.
@@ -364,7 +367,7 @@ def _read(run: Run) -> Recorded | None:
     """Return the change that a run records, None for a run that someone else put there."""
     tags, info = run.data.tags, run.info
     try:
-        change = TypeAdapter(Change).validate_json(tags.get(CHANGE, ""))
+        change = _CHANGES.validate_json(tags.get(CHANGE, ""))
     except ValueError:
         return None
     done, ended = tags.get(DONE) == "true", info.end_time or info.start_time
