@@ -1,14 +1,18 @@
-"""The API: start, watch and cancel retrainings; see whether everything works.
+"""The API and the pages: verdicts, the line, the review, labels, models, retrainings.
 
-    POST   /retrain            start one; JSON with epochs, batch_size, learning_rate if wanted
+    POST   /predict            judge images
+    GET    /line, /review, /labels, /models, /jobs
+    POST   /retrain            start a retraining; JSON with epochs, batch_size, learning_rate
     GET    /retrain            the newest jobs; ?limit=50&before=<id> for others
     GET    /retrain/<id>       state, progress, result
     GET    /retrain/<id>/log   its output
     DELETE /retrain/<id>       cancel it
-    GET    /health             version in production, store, running job
+    GET    /health             version in production, model, store, running job
+    GET    /metrics            for Prometheus
+    GET    /openapi.json       all calls
 
-If the variable API_TOKEN is set, POST and DELETE need 'Authorization: Bearer <token>'. Without it
-they are accepted from this machine only.
+With API_TOKEN, changes need 'Authorization: Bearer <token>'; without it they are accepted from this
+machine only. OPERATOR_TOKEN may judge and label, VIEW_TOKEN look.
 """
 
 import argparse
@@ -24,9 +28,19 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from defect_detection import PipelineError, cli, settings  # noqa: E402
-from defect_detection.service import health, locks, logs, server  # noqa: E402
+from defect_detection.dataset.inbox import Inbox  # noqa: E402
+from defect_detection.inference.production import Production  # noqa: E402
+from defect_detection.inference.verdict_log import Rules, VerdictLog  # noqa: E402
+from defect_detection.service import access, health, locks, logs, server  # noqa: E402
+from defect_detection.service.access import Access, secret_in  # noqa: E402
 from defect_detection.service.app import create_app  # noqa: E402
+from defect_detection.service.backend import Backend  # noqa: E402
+from defect_detection.service.changes import Changes  # noqa: E402
 from defect_detection.service.jobs import Jobs  # noqa: E402
+from defect_detection.service.label_photographs import LabelPhotographs  # noqa: E402
+from defect_detection.service.serving import Serving  # noqa: E402
+from defect_detection.service.store_desk import StoreDesk  # noqa: E402
+from defect_detection.service.verdicts import Verdicts  # noqa: E402
 from defect_detection.settings import RetrainConfig  # noqa: E402
 
 FIRST_LOOK = 2.5  # seconds to wait at most for the first look at the store
@@ -40,14 +54,35 @@ def main() -> None:
     if options.pid_file:
         hold(options.pid_file)
     configured = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
-    names = configured.mlflow.of(settings.read_config().product)
-    command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
-    folder = settings.from_root(options.jobs)
-    jobs = Jobs(folder, command, ROOT, options.time_limit, os.environ)
+    config = settings.read_config()
+    names, uri = configured.mlflow.of(config.product), settings.tracking_uri(env)
+    registered = names.production_model_name
+    environment = dict(os.environ)
     os.environ.update(health.MLFLOW_LIMITS)  # of this process only: the jobs have their copy
-    store = health.StoreWatch(settings.tracking_uri(env), names.production_model_name)
+    store = health.StoreWatch(uri, registered)
+    cache = settings.from_root(config.paths.cache)
+    serving = Serving(lambda: Production(uri, registered, cache, names.testing_model_name), store)
+    serving.begin()
+    command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
+    folder = settings.from_root(env.get("LINE_PATH", config.paths.line))
+    inbox = Inbox(settings.from_root(env.get("DATA_PATH", configured.paths.data_path)))
+    line = config.line
+    backend = Backend(
+        access=Access({r: env.get(v, "") for r, v in access.TOKENS.items()}, secret_in(folder)),
+        jobs=Jobs(settings.from_root(options.jobs), command, ROOT, options.time_limit, environment),
+        store=store,
+        serving=serving,
+        log=VerdictLog(folder, Rules(line.part_id, line.audit_share, line.keep)),
+        verdicts=Verdicts(folder, line.shifts),
+        inbox=inbox,
+        changes=Changes(folder),
+        photographs=LabelPhotographs(inbox, cache),
+        desk=StoreDesk(uri),
+        registered_model=registered,
+        line=line,
+    )
     store.begin(FIRST_LOOK)
-    app = create_app(jobs, store, env.get("API_TOKEN"))
+    app = create_app(backend)
     served = server.create(app, options.host, options.port)
     gc.freeze()  # else each search for garbage looks through all of MLflow: a fifth of a second
     served.run()

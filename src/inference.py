@@ -30,11 +30,17 @@ if TYPE_CHECKING:
     from defect_detection.inference.judge import Item, Judge
     from defect_detection.inference.production import Production
     from defect_detection.inference.rows import Output, RowFile
+    from defect_detection.inference.verdict_log import VerdictLog
     from defect_detection.settings import Config
 
 log = logging.getLogger(__name__)
 
 DEFECT_FOUND = 3  # exit code
+LOG_WITHIN = 2  # seconds, at the end of a watch
+
+
+class LineOnly(PipelineError):
+    """The configuration cannot be read, since only requirements-line.txt is installed."""
 
 
 def main() -> int:
@@ -79,7 +85,9 @@ def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
     if options.watch:
         from defect_detection.inference import watch
 
-        worker.submit(watch.follow, options.watch, judge, production, output).result()
+        verdicts = verdict_log(options)
+        stack.callback(verdicts.flush, LOG_WITHIN)
+        worker.submit(watch.follow, options.watch, judge, production, output, verdicts).result()
     return worker.submit(judge_all, options, items, judge, output).result()
 
 
@@ -150,16 +158,34 @@ def configuration(file: str | None) -> "tuple[Config, dict[str, str]]":
     """Read src/config.yaml, or another file, and the environment.
 
     Raises:
-        PipelineError: only requirements-line.txt is installed, which cannot read them.
+        LineOnly: only requirements-line.txt is installed, which cannot read them.
     """
     try:
         from defect_detection import settings
     except ModuleNotFoundError as error:
-        raise PipelineError(
+        raise LineOnly(
             f"{error.name} is not installed. Name images and a model's folder with --model, or "
             f"install requirements.txt"
         ) from error
     return settings.read_config(file), settings.environment()
+
+
+def verdict_log(options: Namespace) -> "VerdictLog":
+    """Return the log of a watch's verdicts, as the configuration says.
+
+    With requirements-line.txt, which cannot read it, the log lies in its usual place.
+    """
+    from defect_detection.inference.verdict_log import Rules, VerdictLog
+
+    try:
+        config, env = configuration(options.config)
+    except LineOnly:
+        return VerdictLog(Path(__file__).resolve().parents[1] / ".line", Rules())
+    from defect_detection import settings
+
+    line = config.line
+    folder = settings.from_root(env.get("LINE_PATH", config.paths.line))
+    return VerdictLog(folder, Rules(line.part_id, line.audit_share, line.keep))
 
 
 def find(options: Namespace) -> "Iterator[Item]":
@@ -210,7 +236,8 @@ def judge_all(options: Namespace, items: "Iterator[Item]", judge: "Judge", outpu
                 kept[verdict] += 1
 
     with progress(options) if output else nullcontext() as bar:
-        for rows in judge.rows(wanted()):
+        for judged in judge.judged(wanted()):
+            rows = [one.row for one in judged]
             output.put(rows)
             counts.update(row.verdict for row in rows)
             errors = (f"{row.path} {row.reason}" for row in rows if row.verdict == "error")

@@ -7,17 +7,18 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from defect_detection import PipelineError, strict_yaml, uris
+from defect_detection.retention import Retention
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = ROOT / "src" / "config.yaml"
@@ -27,6 +28,7 @@ LOCAL_SUFFIX = ".local"  # of the file beside .env that git ignores
 STORE = "sqlite:///mlflow.db"
 API_PORT = 5001
 JOBS_PATH = ".jobs"
+LINE_PATH = ".line"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
 Color = Literal["auto", "grey"]  # auto keeps the colour of images that have it
 Head = Literal["map", "wide", "good"]  # what a model makes its verdict from
@@ -47,16 +49,21 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=16, le=2048)]
 ImageSize = tuple[Side, Side]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+TimeOfDay = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", examples=["06:00"])]
 WeightDecay = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Paths:
-    """Files and folders; relative ones count from the project's root."""
+    """Files and folders; relative ones count from the project's root.
+
+    `line` is the folder of the verdict log and of what else is kept of the line.
+    """
 
     data_path: Name
     best_model: Name
     cache: Name
+    line: Name = LINE_PATH
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -222,6 +229,41 @@ class Decisions:
     refuse_overkill: bool
 
 
+def _pattern(text: str) -> str:
+    """Refuse what is no regular expression, or has several groups, of which none is the id."""
+    try:
+        groups = re.compile(text).groups
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    if groups > 1:
+        raise ValueError(f"{text!r} has {groups} groups, expected one at most")
+    return text
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Line:
+    """How verdicts at the line are kept, shown and reviewed.
+
+    Attributes:
+        part_id: regular expression that finds the id of the part in the name of an image: its
+            group, if it has one, else all that it matches.
+        audit_share: share of the parts that pass that a person looks at, chosen at random.
+        field_test_share: share of the photographs of approved labels that only test models.
+        no_image_after: seconds without an image after which the line's page says so.
+        shifts: when shifts begin, in local time.
+        keep: what the verdict log keeps.
+    """
+
+    part_id: Annotated[str, AfterValidator(_pattern)] = r"^[^.]+"
+    audit_share: Share = 0.02
+    field_test_share: Rate = 0.2
+    no_image_after: Annotated[float, Field(gt=0)] = 60.0
+    shifts: Annotated[list[TimeOfDay], Field(min_length=1)] = field(
+        default_factory=lambda: ["06:00", "14:00", "22:00"]
+    )
+    keep: Retention = Retention()
+
+
 @dataclass(frozen=True, config=_STRICT)
 class InferenceExamples:
     """Images to judge when none are given, relative to the data folder."""
@@ -259,6 +301,7 @@ class Config:
     mlflow: MLflowNames
     decisions: Decisions
     inference_examples: InferenceExamples
+    line: Line = Line()
 
     @property
     def names(self) -> MLflowNames:
@@ -329,12 +372,13 @@ class RetrainOverrides:
 
 @dataclass(frozen=True, config=_STRICT)
 class RetrainConfig:
-    """`re_train/re_train.yaml`."""
+    """`re_train/re_train.yaml`; `include_inbox` says whether approved labels are learned from."""
 
     paths: RetrainPaths
     model_parameters: RetrainParameters
     mlflow: MLflowNames
     inference_examples: InferenceExamples
+    include_inbox: bool = False
 
 
 def read_config(path: str | None = None) -> Config:
@@ -456,6 +500,8 @@ def _describe(kind: Any) -> str:
     if "enum" in schema:
         return "one of: " + ", ".join(schema["enum"])
     text = names[schema["type"]]
+    if "examples" in schema:
+        return f"{text} such as {schema['examples'][0]}"
     if "pattern" in schema:
         return f"{text} of letters, digits, dots, dashes and underscores"
     if schema["type"] == "string":

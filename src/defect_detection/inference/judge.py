@@ -6,12 +6,15 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.inference.rows import Row
@@ -79,6 +82,62 @@ class NamedModel:
             log.warning("Continuing with %s: %s", self.name, error)
             production.put_back()
             return self
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An image with its verdict.
+
+    Attributes:
+        item: the image.
+        verdict: on it.
+        model: that gave it.
+        milliseconds: that it took to decode and judge it.
+    """
+
+    item: Item
+    verdict: Verdict
+    model: NamedModel
+    milliseconds: float
+
+    @property
+    def row(self) -> Row:
+        """The verdict as it is written."""
+        return Row.of(self.item.path, self.verdict, self.model.name)
+
+    @property
+    def name(self) -> str:
+        """The name of the image's file, without its folder."""
+        return os.path.basename(self.item.path)
+
+    @property
+    def content(self) -> bytes:
+        """The content of the image's file; empty if that could not be read, or was not yet."""
+        return self.item.source if isinstance(self.item.source, bytes) else b""
+
+    def evidence_levels(self) -> np.ndarray | None:
+        """Return the evidence, uint8 (h, w), 255 for what heatmaps draw in full colour."""
+        if self.verdict.evidence is None:
+            return None
+        from defect_detection.runtime import heatmap
+
+        levels = heatmap.relative(self.verdict.evidence, self.model.classifier.full_evidence)
+        return np.rint(255 * np.clip(levels, 0, 1)).astype(np.uint8)
+
+
+def judge(model: NamedModel, items: Sequence[Item]) -> list[Judged]:
+    """Judge images; what cannot be read or decoded gets the verdict "error"."""
+    started = time.perf_counter()
+    readable = [i.source for i in items if not isinstance(i.source, UnreadableImage)]
+    verdicts = iter(model.classifier.classify_all(readable))
+    found = [
+        Verdict("error", None, True, str(item.source))
+        if isinstance(item.source, UnreadableImage)
+        else next(verdicts)
+        for item in items
+    ]
+    milliseconds = 1000 * (time.perf_counter() - started) / max(1, len(items))
+    return [Judged(i, v, model, milliseconds) for i, v in zip(items, found, strict=True)]
 
 
 class Heatmaps:
@@ -155,14 +214,16 @@ class Judge:
         self._heatmaps = Heatmaps(heatmaps) if heatmaps is not None else None
         self._pool = pool
 
-    def rows(self, items: Iterable[Item]) -> Iterator[list[Row]]:
-        """Judge images; yield their rows in order, in chunks, with few chunks waiting.
+    def judged(self, items: Iterable[Item]) -> Iterator[list[Judged]]:
+        """Judge images; yield them with their verdicts, in order, in chunks.
+
+        Few chunks wait at a time.
 
         Raises:
             PipelineError: a heatmap cannot be written.
         """
         items = iter(items)
-        waiting: deque[Future[list[Row]]] = deque()
+        waiting: deque[Future[list[Judged]]] = deque()
         while chunk := list(itertools.islice(items, CHUNK)):
             waiting.append(self._pool.submit(self._judge, self.model, chunk))
             if len(waiting) > 2 * (os.cpu_count() or 1):
@@ -170,16 +231,9 @@ class Judge:
         while waiting:
             yield waiting.popleft().result()
 
-    def _judge(self, model: NamedModel, chunk: list[Item]) -> list[Row]:
-        readable = [i.source for i in chunk if not isinstance(i.source, UnreadableImage)]
-        judged = iter(model.classifier.classify_all(readable))
-        verdicts = [
-            Verdict("error", None, True, str(item.source))
-            if isinstance(item.source, UnreadableImage)
-            else next(judged)
-            for item in chunk
-        ]
+    def _judge(self, model: NamedModel, chunk: list[Item]) -> list[Judged]:
+        found = judge(model, chunk)
         if self._heatmaps is not None:
-            for item, verdict in zip(chunk, verdicts, strict=True):
-                self._heatmaps.write(item, verdict, model.classifier)
-        return [Row.of(i.path, v, model.name) for i, v in zip(chunk, verdicts, strict=True)]
+            for one in found:
+                self._heatmaps.write(one.item, one.verdict, model.classifier)
+        return found

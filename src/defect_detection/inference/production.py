@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 FETCH = "defect_detection.inference.fetch"  # the module that the child process runs
 ASK_EVERY = 60  # seconds, while a folder is watched
+ASK_AT_MOST_EVERY = 5  # seconds, if the alias is known to have moved
 ANSWER_WITHIN = 120  # seconds
 
 
@@ -134,6 +135,11 @@ class Production:
                 log.warning("Continuing with %s: %s", before, error)
             self._lost = True
         return self.current().folder != before.folder
+
+    def ask(self) -> None:
+        """Ask now, unless the registry was asked just now; `moved` tells what it says."""
+        if self._child is None and time.monotonic() - self._asked >= ASK_AT_MOST_EVERY:
+            self._ask()
 
     def put_back(self) -> None:
         """Go on with the version before, whose model is still loaded; `moved` tells anew."""

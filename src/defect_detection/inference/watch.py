@@ -16,6 +16,7 @@ from defect_detection.inference.judge import Item, Judge
 from defect_detection.inference.production import Production
 from defect_detection.inference.rows import Output
 from defect_detection.inference.sources import names_image, reason, unreadable, walk
+from defect_detection.inference.verdict_log import Origin, VerdictLog
 from defect_detection.runtime.preprocessing import UnreadableImage, read_file
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,14 @@ class Arrival:
     Attributes:
         path: of the file.
         content: its bytes, of which the end may still be missing; or why it cannot be read.
+        written: when the file was changed last, in nanoseconds; None if it cannot be asked.
         final: whether it has not changed for so long that it must be complete.
         judged: to be called when it has its row.
     """
 
     path: str
     content: bytes | UnreadableImage
+    written: int | None
     final: bool
     judged: Callable[[], None]
 
@@ -218,7 +221,8 @@ class Watch:
 
         if not seen.waiting or (checksum is None and not final):
             return None
-        return Arrival(path, content, final, judged)
+        written = signature[0] if signature is not None else None
+        return Arrival(path, content, written, final, judged)
 
     def _may_have_changed(self, seen: _Seen, signature: Signature | None, now: float) -> bool:
         """Return whether a file may have another content than at the last look."""
@@ -265,7 +269,13 @@ def _content(path: str) -> bytes | UnreadableImage:
         return reason(error)
 
 
-def follow(folder: str, judge: Judge, production: Production | None, output: Output) -> None:
+def follow(
+    folder: str,
+    judge: Judge,
+    production: Production | None,
+    output: Output,
+    verdicts: VerdictLog,
+) -> None:
     """Judge images as they arrive in a folder, until the process is ended.
 
     Args:
@@ -273,6 +283,7 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
         judge: its model is replaced when the alias prod moves.
         production: where the model comes from; None if it was given as a folder.
         output: where the rows go.
+        verdicts: the log that they go to as well.
     """
     watch = Watch(folder, output.take)
     waiting: deque[Arrival] = deque()
@@ -291,12 +302,14 @@ def follow(folder: str, judge: Judge, production: Production | None, output: Out
     log.info("Watching %s; end with Ctrl-C", folder)
     while True:
         started = time.monotonic()
-        for rows in judge.rows(items()):
-            arrived = [(row, waiting.popleft()) for row in rows]
+        for judged in judge.judged(items()):
+            arrived = [(one, waiting.popleft()) for one in judged]
             # An image that cannot be decoded may not be completely written yet.
-            whole = [(r, a) for r, a in arrived if r.verdict != "error" or a.final]
+            whole = [(j, a) for j, a in arrived if j.verdict.verdict != "error" or a.final]
             if whole:
-                output.put([row for row, _ in whole])
+                origins = [Origin("watch", os.path.abspath(a.path), a.written) for _, a in whole]
+                verdicts.add([one for one, _ in whole], origins)
+                output.put([one.row for one, _ in whole])
             for _, arrival in whole:
                 arrival.judged()
         output.settle()

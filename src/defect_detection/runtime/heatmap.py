@@ -22,19 +22,41 @@ def draw(
         takes: how the model took the image.
         full: evidence that is drawn in full colour; None for the strongest of this image.
     """
-    height, width = tall, wide = image.shape[:2]
-    if takes.fit == "letterbox":  # with the borders
-        tall = max(height, round(width * takes.height / takes.width))
-        wide = max(width, round(height * takes.width / takes.height))
+    aspect = takes.width / takes.height if takes.fit == "letterbox" else None
+    levels = spread(relative(evidence, full), (image.shape[0], image.shape[1]), aspect)
+    opacity = MOST_OPAQUE * levels[..., np.newaxis]
+    return Image.fromarray((image * (1 - opacity) + GLOW * opacity).astype(np.uint8))
+
+
+def relative(evidence: np.ndarray, full: float | None) -> np.ndarray:
+    """Return evidence as a share of what is drawn in full colour, float32, 0 or more."""
     evidence = np.minimum(evidence, MOST_EVIDENCE)
     full = float(evidence.max()) if full is None else full
-    whole = Image.fromarray((evidence / max(full, 1e-9)).astype(np.float32)).resize(
-        (wide, tall), Image.Resampling.BICUBIC
-    )
+    return (evidence / max(full, 1e-9)).astype(np.float32)
+
+
+def spread(levels: np.ndarray, size: tuple[int, int], aspect: float | None) -> np.ndarray:
+    """Return a map at the size of its image, smoothly, in [0, 1].
+
+    Args:
+        levels: float32 (h, w), 0 or more, for the whole of what the model took.
+        size: height and width of the image.
+        aspect: width by height of what the model took, with borders; None if it had none.
+    """
+    height, width = tall, wide = size
+    if aspect is not None:  # with the borders
+        tall = max(height, round(width / aspect))
+        wide = max(width, round(height * aspect))
+    whole = Image.fromarray(levels).resize((wide, tall), Image.Resampling.BICUBIC)
     left, top = (wide - width) // 2, (tall - height) // 2
-    smooth = whole.crop((left, top, left + width, top + height))
-    opacity = MOST_OPAQUE * np.clip(np.asarray(smooth), 0, 1)[..., np.newaxis]
-    return Image.fromarray((image * (1 - opacity) + GLOW * opacity).astype(np.uint8))
+    return np.clip(np.asarray(whole.crop((left, top, left + width, top + height))), 0, 1)
+
+
+def overlay(levels: np.ndarray, size: tuple[int, int], aspect: float | None) -> Image.Image:
+    """Return evidence alone, as an image (RGBA) to be laid over another; arguments as `spread`."""
+    opacity = spread(levels, size, aspect)[..., np.newaxis]
+    glow = np.broadcast_to(GLOW, (*opacity.shape[:2], 3))
+    return Image.fromarray(np.concatenate([glow, 255 * opacity], -1).astype(np.uint8))
 
 
 def captioned(drawn: Image.Image, caption: str) -> Image.Image:

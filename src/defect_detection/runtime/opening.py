@@ -78,6 +78,14 @@ def reader(file: BinaryIO) -> "ImageFile | None":
     return None
 
 
+def suffix_of(content: bytes) -> str:
+    """Return the suffix of an image's file by its content, such as ".jpeg"; ".bin" for no image."""
+    for signature, name in _READERS.items():
+        if content.startswith(signature):
+            return f".{name.lower()}"
+    return ".bin"
+
+
 def _require_few(pixels: int, most: int, where: str) -> None:
     if pixels > most:
         raise TooLarge(

@@ -1,43 +1,244 @@
-"""Who may change anything through the API: holders of the token, or this machine only."""
+"""Who may do what through the API: viewers look, operators label, engineers decide.
 
+A program sends a token as a bearer; a person signs in with it once a shift and gets a signed
+cookie. Without API_TOKEN, everything but looking is for this machine only.
+"""
+
+import hashlib
 import hmac
 import ipaddress
 import json
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from flask import abort, g, request
+from flask import Flask, abort, current_app, g, request, session
+from flask_wtf import CSRFProtect  # type: ignore[import-untyped]
 
 from defect_detection.names import printable
 
+log = logging.getLogger("api")
+
 READING = ("GET", "HEAD", "OPTIONS")
 LONGEST_PROGRAM = 80  # characters of the header User-Agent that are kept
+LONGEST_NAME = 40  # characters of a person's name
+SHIFT = timedelta(hours=12)  # after which a person signs in again
+MOST_WRONG, WRONG_WITHIN = 10, 60  # wrong tokens from one address, in so many seconds
+SECRET = "secret"  # the file of the key of sign-ins
+SIGN_IN = "pages.signed_in"  # the endpoint that makes a cookie
+
+View = TypeVar("View", bound=Callable)
 
 
-def guard(token: str | None) -> None:
-    """Let the current call through, or end it with 401 or 403 and the reason.
+class Role(IntEnum):
+    """What somebody may do; each role may do what those below it may."""
 
-    Args:
-        token: that changing calls must bear; None if they must come from this machine.
+    NOBODY = 0
+    VIEWER = 1
+    OPERATOR = 2
+    ENGINEER = 3
+
+    def __str__(self) -> str:
+        """Return it in a word."""
+        return self.name.lower()
+
+
+TOKENS = {Role.ENGINEER: "API_TOKEN", Role.OPERATOR: "OPERATOR_TOKEN", Role.VIEWER: "VIEW_TOKEN"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes the current call.
+
+    Attributes:
+        role: what the caller may do.
+        name: of a person who signed in, else "".
+        described: name, address, right and program, for records.
+        signed_in: whether a cookie says so.
+        why_not_more: why the role is not higher.
     """
-    if request.method in READING:
-        return
-    if token is not None:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            abort(401, "This call needs 'Authorization: Bearer <token>' with the API's token")
-        g.caller = _caller("token")
-        return
+
+    role: Role
+    name: str
+    described: str
+    signed_in: bool
+    why_not_more: str
+
+
+class Access:
+    """The tokens, and who bears them."""
+
+    def __init__(self, tokens: dict[Role, str], secret: str):
+        """Know the tokens of roles, as far as they are set, and the key of sign-ins."""
+        self._tokens = {role: token for role, token in tokens.items() if token}
+        self.secret = secret
+        self._wrong: dict[str, deque[float]] = {}
+
+    def attach(self, app: Flask) -> None:
+        """Make an application ask who calls, before each call."""
+        app.config.update(
+            SECRET_KEY=self.secret,
+            SESSION_COOKIE_NAME="defect-detection",
+            SESSION_COOKIE_HTTPONLY=True,
+            SESSION_COOKIE_SAMESITE="Strict",
+            SESSION_REFRESH_EACH_REQUEST=False,
+            PERMANENT_SESSION_LIFETIME=SHIFT,
+            WTF_CSRF_CHECK_DEFAULT=False,  # calls with a token need none; see `guard`
+            WTF_CSRF_TIME_LIMIT=None,  # as long as the cookie
+        )
+        csrf = CSRFProtect(app)
+        app.before_request(lambda: self.guard(csrf))
+
+    def guard(self, csrf: CSRFProtect) -> None:
+        """Let the current call through, or end it with 401 or 403 and the reason."""
+        view = current_app.view_functions.get(request.endpoint or "")
+        reads = request.method in READING
+        needed = getattr(view, "needs", Role.VIEWER if reads else Role.ENGINEER)
+        g.caller = caller = self._caller()
+        if view is None or caller.role >= needed:
+            if not reads and (caller.signed_in or request.endpoint == SIGN_IN):
+                csrf.protect()
+            return
+        if caller.role == Role.NOBODY and self.has(Role.VIEWER) and needed == Role.VIEWER:
+            abort(401, "This API shows nothing without a token: sign in, or send VIEW_TOKEN")
+        if caller.signed_in:
+            abort(403, f"This is for an {needed}; you signed in as {_with_article(caller.role)}")
+        abort(401 if self.has(Role.ENGINEER) else 403, caller.why_not_more)
+
+    def has(self, role: Role) -> bool:
+        """Return whether a role has a token."""
+        return role in self._tokens
+
+    def sign_in(self, name: str, token: str) -> Role:
+        """Give the current caller a cookie with a name; return the role that comes with it.
+
+        The call ends with 401, 403 or 429 if it is refused.
+        """
+        shown = printable(" ".join(name.split()), LONGEST_NAME)
+        if not shown:
+            abort(400, "Enter your name: it stands beside what you decide")
+        role = self._role_of(token) if token else self._by_machine()[0]
+        if role == Role.NOBODY:
+            abort(401, "Enter the token that your engineer gave you")
+        session.clear()
+        session.permanent = True
+        session["name"] = shown
+        session["proof"] = self._proof(token) if token else ""
+        return role
+
+    def _caller(self) -> Caller:
+        header = request.headers.get("Authorization")
+        if header is not None:
+            given = header.removeprefix("Bearer ") if header.startswith("Bearer ") else ""
+            return Caller(self._role_of(given), "", _described("token"), False, _NEEDS_TOKEN)
+        role, why = self._by_machine()
+        name = str(session.get("name", ""))
+        if name:
+            proof = str(session.get("proof", ""))
+            if proof:  # of a token; a token that was changed since proves nothing
+                role = self._proven(proof)
+            if role > Role.NOBODY:
+                return Caller(role, name, f"{name}, {_described('sign-in')}", True, why)
+        if not self.has(Role.VIEWER):
+            role = max(role, Role.VIEWER)
+        return Caller(role, "", _described("this machine"), False, why)
+
+    def _by_machine(self) -> tuple[Role, str]:
+        """Return the role of a caller without a token, and why it is no higher."""
+        if self.has(Role.ENGINEER):
+            return Role.NOBODY, _NEEDS_TOKEN
+        why = _why_not_local()
+        return (Role.NOBODY, why) if why else (Role.ENGINEER, "")
+
+    def _role_of(self, token: str) -> Role:
+        """Return the role of a token; end the call if it is wrong."""
+        address = request.remote_addr or ""
+        recent = self._wrong.setdefault(address, deque(maxlen=MOST_WRONG))
+        now = time.monotonic()
+        if len(recent) == MOST_WRONG and now - recent[0] < WRONG_WITHIN:
+            abort(429, "Too many wrong tokens from this address. Wait a minute")
+        for role, known in self._tokens.items():
+            if hmac.compare_digest(token.encode(), known.encode()):
+                self._wrong.pop(address, None)
+                return role
+        if not self.has(Role.ENGINEER) and not self._tokens:
+            self._wrong.pop(address, None)
+            role, why = self._by_machine()
+            if why:
+                abort(403, why)
+            return role
+        recent.append(now)
+        if len(self._wrong) > 10_000:
+            self._wrong.clear()
+        abort(401, "The token is wrong")
+
+    def _proof(self, token: str) -> str:
+        return hmac.new(self.secret.encode(), token.encode(), hashlib.sha256).hexdigest()
+
+    def _proven(self, proof: str) -> Role:
+        for role, token in self._tokens.items():
+            if hmac.compare_digest(proof, self._proof(token)):
+                return role
+        return Role.NOBODY
+
+
+_NEEDS_TOKEN = "This call needs 'Authorization: Bearer <token>' with the API's token"
+
+
+def needs(role: Role) -> Callable[[View], View]:
+    """Mark a view with the role that its callers need.
+
+    Without a mark, reading is for viewers and everything else for engineers.
+    """
+
+    def mark(view: View) -> View:
+        view.needs = role  # type: ignore[attr-defined]
+        return view
+
+    return mark
+
+
+def secret_in(folder: Path) -> str:
+    """Return the key of sign-ins that a folder keeps; make it at the first time."""
+    file = folder / SECRET
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as made:
+                made.write(secrets.token_hex(32))
+        kept = file.read_text().strip()
+        if len(kept) >= 32:
+            return kept
+        log.warning("%s is damaged: people sign in again after each start", file)
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be kept (%s): people sign in again after each start", file, error)
+    return secrets.token_hex(32)
+
+
+def _why_not_local() -> str:
+    """Return why the current caller is not this machine's own, "" if it is."""
     # The peer's address and never a forwarded one, since anyone can write that header.
     if not is_loopback(request.remote_addr or ""):
-        abort(403, "Without API_TOKEN, changing calls are accepted from this machine only")
+        return "Without API_TOKEN, changing calls are accepted from this machine only"
     if any(map(is_from_proxies, request.headers.keys())):
-        abort(403, "The call came through a proxy, so its sender is not known: set API_TOKEN")
+        return "The call came through a proxy, so its sender is not known: set API_TOKEN"
     # A page in a browser on this machine comes from loopback too, whoever wrote it. Its call names
     # the page in Origin; a foreign name that resolves to this machine stands in Host.
     host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
     if not is_local_name(host) or (origin and _host_of(origin) != host):
-        abort(403, "Without API_TOKEN, changing calls are not accepted from other sites' pages")
-    g.caller = _caller("this machine")
+        return "Without API_TOKEN, changing calls are not accepted from other sites' pages"
+    return ""
 
 
 def is_loopback(address: str) -> bool:
@@ -71,9 +272,13 @@ def _host_of(origin: str) -> str | None:
         return None
 
 
-def _caller(right: str) -> str:
+def _described(right: str) -> str:
     """Return the current call's sender, by which right it came, and by which program."""
     agent = request.headers.get("User-Agent", "").encode("ascii", "replace").decode()
     program = printable(agent, LONGEST_PROGRAM)
     sender = f"{request.remote_addr}, by {right}"
     return f"{sender}, {json.dumps(program)}" if program else sender
+
+
+def _with_article(role: Role) -> str:
+    return f"a {role}" if role == Role.VIEWER else f"an {role}"

@@ -6,14 +6,19 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from flask import Blueprint, Response, jsonify
+from flask import Response, jsonify
+from flask_openapi3 import APIBlueprint, Tag
+from pydantic import BaseModel, Field
 
 from defect_detection import PipelineError
 from defect_detection.registry import promotion, versions
 from defect_detection.registry import store as stores
-from defect_detection.service.jobs import Jobs
+from defect_detection.service.access import Role, needs
+
+if TYPE_CHECKING:
+    from defect_detection.service.backend import Backend
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ class StoreWatch:
         self._uri, self._registered_model = uri, registered_model
         self._last = Look(False, None, -math.inf)
         self._troubled = False
+        self._soon = threading.Event()
         self._checked = False  # whether the record of the alias was read
 
     def begin(self, patience: float) -> None:
@@ -60,13 +66,18 @@ class StoreWatch:
 
         def watch() -> None:
             while True:
+                self._soon.clear()
                 self.look()
                 seen.set()
-                time.sleep(LOOK_EVERY)
+                self._soon.wait(LOOK_EVERY)
 
         # A store that never answers holds up only this thread, and a daemon thread no exit.
         threading.Thread(target=watch, name="store", daemon=True).start()
         seen.wait(patience)
+
+    def look_soon(self) -> None:
+        """Look again at once, in that thread."""
+        self._soon.set()
 
     def look(self) -> None:
         """Ask the store, however long that takes."""
@@ -97,23 +108,35 @@ class StoreWatch:
         return last if fresh else Look(False, None, last.at)
 
 
-def blueprint(jobs: Jobs, store: StoreWatch) -> Blueprint:
-    """Return the call /health.
+class Health(BaseModel):
+    """Whether everything works."""
 
-    Args:
-        jobs: the retrainings.
-        store: what is known of the tracking store.
-    """
-    calls = Blueprint("health", __name__)
+    service: str
+    pid: int
+    store: Literal["reachable", "unreachable"]
+    production: dict[str, Any] | None = Field(description="registry, version and acc, by the store")
+    model: str | None = Field(description="that judges now")
+    trouble: str = Field(description="why no verdicts can be given, or not logged; else empty")
+    unlogged: int = Field(description="verdicts that are not in the log, since the API began")
+    job: str | None = Field(description="id of the running retraining")
 
-    @calls.get("/health")
+
+def blueprint(backend: "Backend") -> APIBlueprint:
+    """Return the call /health."""
+    calls = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
+
+    @calls.get("/health", summary="Whether everything works", responses={200: Health})
+    @needs(Role.NOBODY)
     def health() -> Response:
-        running, last = jobs.running(), store.last()
+        running, last, model = backend.jobs.running(), backend.store.last(), backend.serving.model
         return jsonify(
             service="defect-detection",
             pid=os.getpid(),
             store="reachable" if last.reachable else "unreachable",
             production=last.production,
+            model=model.name if model else None,
+            trouble=backend.serving.trouble or backend.log.trouble,
+            unlogged=backend.log.unlogged,
             job=running.id if running else None,
         )
 

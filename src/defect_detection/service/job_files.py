@@ -20,7 +20,7 @@ PREPARED, RESULT = "result.next", "result.json"
 LOG = "log"
 LAST_LINES = 5
 
-_ID = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{4}", re.ASCII)
+ID = r"^[0-9]{8}-[0-9]{6}-[0-9]{6}-[0-9a-f]{4}$"
 _STRICT = ConfigDict(strict=True)
 
 
@@ -125,7 +125,7 @@ def new_id(now: datetime, random: str) -> str:
 
 def is_id(text: str) -> bool:
     """Return whether a text has the form of an id."""
-    return _ID.fullmatch(text) is not None
+    return re.fullmatch(ID, text) is not None
 
 
 def ids(folder: Path) -> list[str]:

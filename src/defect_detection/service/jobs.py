@@ -22,6 +22,7 @@ from typing import Literal
 
 from defect_detection import PipelineError
 from defect_detection.service import job_files, locks
+from defect_detection.service.access import TOKENS
 from defect_detection.service.child import Child, Command
 from defect_detection.service.job_files import Created, Ended, Job, Process
 from defect_detection.settings import RetrainOverrides
@@ -58,13 +59,13 @@ class Jobs:
             command: that a job runs, followed by the options of its parameters.
             root: the working directory of the command.
             time_limit: seconds after which a job is ended.
-            environment: of the command; the API's token is left out.
+            environment: of the command; the API's tokens are left out.
         """
         self.folder = folder
         self.command = command
         self.root = root
         self.time_limit = time_limit
-        self.environment = {k: v for k, v in environment.items() if k != "API_TOKEN"}
+        self.environment = {k: v for k, v in environment.items() if k not in TOKENS.values()}
         self._children: dict[str, Child] = {}
         self._ended: dict[str, Ended] = {}  # as long as it is not on the disk
         folder.mkdir(parents=True, exist_ok=True)

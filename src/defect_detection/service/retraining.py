@@ -1,16 +1,18 @@
 """The calls that start, show and cancel retrainings."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from flask import Blueprint, Response, abort, g, jsonify, request, url_for
+from flask import Response, abort, g, jsonify, request, url_for
+from flask_openapi3 import APIBlueprint, Tag
+from pydantic import BaseModel, Field, TypeAdapter
 
 from defect_detection import PipelineError, settings
 from defect_detection.names import printable
 from defect_detection.service import job_files
+from defect_detection.service.changes import Changes
 from defect_detection.service.job_files import Job
 from defect_detection.service.jobs import Busy, Jobs
 from defect_detection.settings import RetrainOverrides
@@ -25,53 +27,103 @@ PAGE, LARGEST_PAGE = 50, 500  # jobs
 LONGEST_ECHO = 60  # characters of an unknown id that are repeated
 
 
-def blueprint(jobs: Jobs) -> Blueprint:
-    """Return the calls under /retrain."""
-    calls = Blueprint("retraining", __name__)
+BODY = {
+    "requestBody": {
+        "required": False,
+        "description": "Parameters that replace those of re_train.yaml in this job",
+        "content": {"application/json": {"schema": TypeAdapter(RetrainOverrides).json_schema()}},
+    }
+}
 
-    @calls.post("/retrain")
-    def start() -> Answer:
-        overrides = _read_overrides()
-        try:
-            job = jobs.start(overrides, g.caller)
-        except Busy as busy:
-            return _conflict(f"The job {busy.job.id} is running", busy.job)
-        except (OSError, PipelineError) as error:
-            log.exception("No retraining could be started")
-            reason = getattr(error.__cause__ or error, "strerror", None) or "see the API's log"
-            abort(503, f"No retraining could be started: {reason}")
-        if request.args.get("wait", "").lower() in ("true", "1", "yes"):
+
+class JobPath(BaseModel):
+    """The job that a call is about."""
+
+    job_id: str = Field(description="id of the job")
+
+
+class Start(BaseModel):
+    """How a retraining is started."""
+
+    wait: bool = Field(False, description="answer when the job has ended")
+
+
+class Page(BaseModel):
+    """Which jobs are asked for."""
+
+    limit: int = Field(PAGE, ge=1, le=LARGEST_PAGE, description="how many, the newest first")
+    before: str | None = Field(None, pattern=job_files.ID, description="only those before this one")
+
+
+def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
+    """Return the calls under /retrain."""
+    calls = APIBlueprint("retraining", __name__, abp_tags=[Tag(name="retraining")])
+    described = {"content": {"application/json": {"schema": TypeAdapter(Job).json_schema()}}}
+    list_of = {"content": {"application/json": {"schema": TypeAdapter(list).json_schema()}}}
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @calls.post(
+        "/retrain",
+        summary="Start a retraining",
+        openapi_extensions=BODY,
+        responses={200: dict(described), 202: dict(described)},
+    )
+    def start(query: Start) -> Answer:
+        job = begin(jobs, changes, _read_overrides())
+        if query.wait:
             job = _find(jobs.wait, job.id)
             status = 200 if job.state == "succeeded" else 500
             return jsonify(_describe(job)), status, {"Location": _address(job)}
         return jsonify(_describe(job)), 202, {"Location": _address(job)}
 
-    @calls.get("/retrain")
-    def page() -> Answer:
-        limit, before = _read_page()
-        found = jobs.all(limit + 1, before)  # one more shows whether there is a next page
-        answer = jsonify([_describe(job) for job in found[:limit]])
-        if len(found) > limit:
-            following = url_for("retraining.page", limit=limit, before=found[limit - 1].id)
+    @calls.get("/retrain", summary="The newest retrainings", responses={200: list_of})
+    def page(query: Page) -> Answer:
+        found = jobs.all(query.limit + 1, query.before)  # one more shows whether there is more
+        answer = jsonify([_describe(job) for job in found[: query.limit]])
+        if len(found) > query.limit:
+            last = found[query.limit - 1].id
+            following = url_for("retraining.page", limit=query.limit, before=last)
             answer.headers["Link"] = f'<{following}>; rel="next"'
         return answer
 
-    @calls.get("/retrain/<job_id>")
-    def one(job_id: str) -> Answer:
-        return jsonify(_describe(_find(jobs.get, job_id)))
+    @calls.get("/retrain/<job_id>", summary="A retraining", responses={200: dict(described)})
+    def one(path: JobPath) -> Answer:
+        return jsonify(_describe(_find(jobs.get, path.job_id)))
 
-    @calls.get("/retrain/<job_id>/log")
-    def output(job_id: str) -> Answer:
-        return Response(_find(jobs.log, job_id), mimetype="text/plain")
+    @calls.get("/retrain/<job_id>/log", summary="Its output", responses={200: text})
+    def output(path: JobPath) -> Answer:
+        return Response(_find(jobs.log, path.job_id), mimetype="text/plain")
 
-    @calls.delete("/retrain/<job_id>")
-    def cancel(job_id: str) -> Answer:
-        job = _find(lambda known: jobs.cancel(known, g.caller), job_id)
-        if job.state == "running":
-            return _conflict(f"The process of the job {job.id} could not be ended", job)
-        return jsonify(_describe(job))
+    @calls.delete("/retrain/<job_id>", summary="Cancel it", responses={200: dict(described)})
+    def cancel(path: JobPath) -> Answer:
+        return jsonify(_describe(end(jobs, changes, path.job_id)))
 
     return calls
+
+
+def begin(jobs: Jobs, changes: Changes, overrides: RetrainOverrides) -> Job:
+    """Start a retraining for the current caller; end the call with 409 or 503 if that fails."""
+    by = g.caller.described
+    try:
+        with changes.recorded(by, "retrain", parameters=overrides.given()):
+            return jobs.start(overrides, by)
+    except Busy as busy:
+        abort(_conflict(f"The job {busy.job.id} is running", busy.job))
+    except (OSError, PipelineError) as error:
+        log.exception("No retraining could be started")
+        reason = getattr(error.__cause__ or error, "strerror", None) or "see the API's log"
+        abort(503, f"No retraining could be started: {reason}")
+
+
+def end(jobs: Jobs, changes: Changes, job_id: str) -> Job:
+    """Cancel a retraining for the current caller; end the call with 404 or 409 if that fails."""
+    by = g.caller.described
+    _find(jobs.get, job_id)
+    with changes.recorded(by, "cancel", job=job_id):
+        job = _find(lambda known: jobs.cancel(known, by), job_id)
+    if job.state == "running":
+        abort(_conflict(f"The process of the job {job.id} could not be ended", job))
+    return job
 
 
 def _read_overrides() -> RetrainOverrides:
@@ -85,20 +137,6 @@ def _read_overrides() -> RetrainOverrides:
         abort(400, str(error))
 
 
-def _read_page() -> tuple[int, str | None]:
-    """Read how many jobs are asked for, and before which; end the call with 400 if wrong."""
-    limit, before = request.args.get("limit", str(PAGE)), request.args.get("before")
-    if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= LARGEST_PAGE:
-        abort(
-            400,
-            f"limit is {printable(limit, LONGEST_ECHO)}, expected a whole number from 1 to "
-            f"{LARGEST_PAGE}",
-        )
-    if before is not None and not job_files.is_id(before):
-        abort(400, f"before is {printable(before, LONGEST_ECHO)}, expected the id of a job")
-    return int(limit), before
-
-
 def _find(look_up: Callable[[str], T], job_id: str) -> T:
     """Look a job up, or end the call with 404."""
     try:
@@ -108,9 +146,11 @@ def _find(look_up: Callable[[str], T], job_id: str) -> T:
         abort(404, f"There is no job {shown}. GET /retrain lists them")
 
 
-def _conflict(message: str, job: Job) -> Answer:
+def _conflict(message: str, job: Job) -> Response:
     answer = jsonify(status=409, message=message, job=_describe(job))
-    return answer, 409, {"Location": _address(job)}
+    answer.status_code = 409
+    answer.headers["Location"] = _address(job)
+    return answer
 
 
 def _describe(job: Job) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The server of the API: what one caller may take of it, so that enough is left for others."""
 
+import copy
 import logging
 import resource
 import socket
@@ -14,11 +15,13 @@ from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[impo
 from waitress.server import BaseWSGIServer  # type: ignore[import-untyped]
 
 from defect_detection import PipelineError
+from defect_detection.service import predict
 from defect_detection.service.app import LARGEST_BODY
 
 log = logging.getLogger("api")
 
-THREADS = 16  # a call with ?wait=true holds one while its job runs
+THREADS = 40  # a call with ?wait=true holds one while its job runs, one with images waits
+PREDICT = "/predict"
 MOST_CONNECTIONS = 512
 FILES_PER_CONNECTION = 3  # the socket, and two for what is too large for the memory
 PATIENCE = 20  # seconds in which a call must arrive whole; then, between two calls
@@ -29,12 +32,21 @@ MOST_UNREAD = 4 * 1024 * 1024  # bytes of answers; waitress lets a thread wait a
 class Call(HTTPRequestParser):  # type: ignore[misc]
     """A call as it arrives."""
 
+    adj: Any  # limits, which all calls share
+
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the headers; an address such as http://[ is the caller's mistake, thus 400."""
+        """Read the headers; an address such as http://[ is the caller's mistake, thus 400.
+
+        Only /predict takes large bodies; others are not even read.
+        """
         try:
             super().parse_header(header_plus)
         except ValueError as error:
             raise ParsingError("Malformed address") from error
+        if self.path != PREDICT and (self.content_length or self.chunked):
+            limits = copy.copy(self.adj)
+            limits.max_request_body_size = 64 * LARGEST_BODY
+            self.adj = limits
 
 
 class Connection(HTTPChannel):  # type: ignore[misc]
@@ -88,7 +100,7 @@ def create(app: Flask, host: str, port: int) -> Any:
             channel_timeout=PATIENCE,
             cleanup_interval=PATIENCE // 4,
             max_request_header_size=LARGEST_HEADERS,
-            max_request_body_size=64 * LARGEST_BODY,  # larger bodies are not even read
+            max_request_body_size=predict.LARGEST_BODY + 1,
             asyncore_use_poll=True,  # select takes no descriptor above 1023
             clear_untrusted_proxy_headers=False,  # `access` refuses what bears them
             log_socket_errors=False,  # a traceback for each caller that hangs up

@@ -1,0 +1,410 @@
+"""The log of all verdicts: one SQLite file that the API and watched folders write.
+
+A verdict never waits long for it: what cannot be written, as while the disk is full, waits in
+memory for a while, and what is then lost is counted. Processes may be killed at any time; a verdict
+that `add` returned an id for stays.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import random
+import re
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from defect_detection.names import printable
+from defect_detection.retention import Retention
+from defect_detection.runtime import preprocessing
+from defect_detection.runtime.preprocessing import UnreadableImage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from defect_detection.inference.judge import Judged
+
+log = logging.getLogger(__name__)
+
+FILE = "verdicts.sqlite"
+VERSION = 1  # of the schema
+ANSWER_WITHIN = 0.25  # seconds that a caller of `add` waits for the disk
+LOCKED = 1.0  # seconds that a write waits for another process
+AGAIN = 0.5  # seconds between two tries
+MOST_WAITING, MOST_WAITING_BYTES = 2_000, 64_000_000  # verdicts in memory
+BATCH = 64  # verdicts in a transaction
+PRUNED = 200  # rows that are deleted after a batch, at most
+THUMBNAIL, QUALITY = 96, 80  # pixels of the longer side; of JPEGs, of 100
+LONGEST_NAME, LONGEST_REASON = 200, 500  # characters
+
+SCHEMA = """
+CREATE TABLE verdicts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at REAL NOT NULL,               -- seconds since 1970
+    source TEXT NOT NULL,           -- predict, camera or watch
+    name TEXT NOT NULL,             -- of the image's file
+    path TEXT,                      -- of a watched file
+    part TEXT NOT NULL,             -- its id, "" if the name has none
+    verdict TEXT NOT NULL,          -- defect, ok, unknown, error
+    probability REAL,
+    threshold REAL NOT NULL,
+    review INTEGER NOT NULL,        -- whether a person should look
+    reason TEXT NOT NULL,
+    model TEXT NOT NULL,            -- registered model and version
+    milliseconds REAL NOT NULL,     -- to decode and judge
+    sha256 TEXT NOT NULL,           -- of the image's file
+    written INTEGER,                -- a watched file's time of change in nanoseconds
+    waits TEXT NOT NULL,            -- why a person looks: band, unknown, error, audit or ""
+    settled INTEGER NOT NULL        -- whether one has
+);
+CREATE UNIQUE INDEX once ON verdicts (path, written) WHERE path IS NOT NULL;
+CREATE INDEX waiting ON verdicts (id) WHERE waits != '' AND NOT settled;
+CREATE INDEX by_reason ON verdicts (waits) WHERE waits != '' AND NOT settled;
+CREATE INDEX by_time ON verdicts (at);
+CREATE TABLE views (                -- small enough to be kept for every verdict
+    id INTEGER PRIMARY KEY,
+    thumbnail BLOB,
+    evidence BLOB, height INTEGER, width INTEGER,  -- bytes, of the size of the map
+    aspect REAL                     -- width by height of what the model took with borders
+);
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY,
+    wanted INTEGER NOT NULL,        -- whether it is kept for a person
+    content BLOB NOT NULL
+);
+CREATE INDEX by_wanted ON images (wanted, id);
+CREATE TABLE totals (               -- since the file was made
+    source TEXT, verdict TEXT, count INTEGER NOT NULL, PRIMARY KEY (source, verdict)
+) WITHOUT ROWID;
+CREATE TABLE kept (bytes INTEGER NOT NULL);
+INSERT INTO kept VALUES (0);
+CREATE TRIGGER image_added AFTER INSERT ON images
+    BEGIN UPDATE kept SET bytes = bytes + length(NEW.content); END;
+CREATE TRIGGER image_deleted AFTER DELETE ON images
+    BEGIN UPDATE kept SET bytes = bytes - length(OLD.content); END;
+"""
+COLUMNS = (
+    *("at", "source", "name", "path", "part", "verdict", "probability", "threshold", "review"),
+    *("reason", "model", "milliseconds", "sha256", "written", "waits", "settled"),
+)
+INSERT = (
+    f"INSERT OR IGNORE INTO verdicts ({', '.join(COLUMNS)}) "
+    f"VALUES ({', '.join('?' * len(COLUMNS))})"
+)
+Waits = Literal["", "band", "unknown", "error", "audit"]
+
+
+class OtherSchema(Exception):
+    """The file was written by a newer version of this project."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an image came from.
+
+    Attributes:
+        source: "predict", "camera" or "watch".
+        path: of a watched file, else None.
+        written: its time of change in nanoseconds; with the same one it is logged only once, also
+            if its folder is watched anew.
+    """
+
+    source: str
+    path: str | None = None
+    written: int | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is logged of a verdict.
+
+    Attributes:
+        part_id: regular expression that finds the id of the part in a file's name.
+        audit_share: share of the parts that pass that a person looks at.
+        keep: what the file keeps.
+    """
+
+    part_id: str = r"^[^.]+"
+    audit_share: float = 0.02
+    keep: Retention = Retention()
+
+    def part_of(self, name: str) -> str:
+        """Return the id of the part in the name of an image's file, "" if it has none."""
+        found = re.search(self.part_id, name[:LONGEST_NAME])
+        if found is None:
+            return ""
+        return printable(found.group(found.re.groups) or "", LONGEST_NAME)
+
+
+@dataclass
+class _Entry:
+    """A verdict on its way to the file."""
+
+    values: tuple[object, ...]
+    thumbnail: bytes | None
+    evidence: "np.ndarray | None"
+    aspect: float | None
+    content: bytes
+    id: int | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class VerdictLog:
+    """Writes verdicts into the file, in a thread of its own.
+
+    Attributes:
+        unlogged: verdicts that were lost since this process began.
+        trouble: why nothing can be written at present, "" if it can.
+    """
+
+    def __init__(self, folder: Path, rules: Rules):
+        """Write into the file of a folder, which is made if necessary."""
+        self.file = folder / FILE
+        self.rules = rules
+        self.unlogged = 0
+        self.trouble = ""
+        self._connection: sqlite3.Connection | None = None
+        self._waiting: deque[_Entry] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._chance = random.SystemRandom()
+        threading.Thread(target=self._write_all, name="verdict log", daemon=True).start()
+
+    def add(self, judged: Sequence["Judged"], origins: Sequence[Origin]) -> list[int | None]:
+        """Log verdicts; return the id of each, None for one that is not on the disk yet.
+
+        None is also returned for a watched file that was logged before.
+        """
+        entries = [self._entry(one, origin) for one, origin in zip(judged, origins, strict=True)]
+        with self._changed:
+            for entry in entries:
+                self._waiting.append(entry)
+                self._bytes += len(entry.content)
+            self._drop_surplus()
+            self._changed.notify_all()
+        deadline = time.monotonic() + (0 if self.trouble else ANSWER_WITHIN)
+        for entry in entries:
+            entry.done.wait(max(0, deadline - time.monotonic()))
+        return [entry.id for entry in entries]
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all is written, for some seconds at most; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._bytes, seconds)
+
+    def _entry(self, judged: "Judged", origin: Origin) -> _Entry:
+        content, name, verdict = judged.content, judged.name, judged.verdict
+        waits: Waits = ""
+        if verdict.verdict in ("unknown", "error"):
+            waits = verdict.verdict  # type: ignore[assignment]
+        elif verdict.review:
+            waits = "band"
+        elif verdict.verdict == "ok" and self._chance.random() < self.rules.audit_share:
+            waits = "audit"
+        values = (
+            *(time.time(), origin.source, printable(name, LONGEST_NAME), _text(origin.path)),
+            *(self.rules.part_of(name), verdict.verdict, verdict.probability),
+            *(judged.model.classifier.point.threshold, verdict.review),
+            *(printable(verdict.reason, LONGEST_REASON), judged.model.name),
+            *(judged.milliseconds, hashlib.sha256(content).hexdigest(), origin.written, waits, 0),
+        )
+        takes = judged.model.classifier.takes
+        return _Entry(
+            values,
+            _thumbnail(content, judged),
+            judged.evidence_levels(),
+            takes.width / takes.height if takes.fit == "letterbox" else None,
+            content,
+        )
+
+    def _drop_surplus(self) -> None:
+        """Forget the oldest verdicts if too many wait for the disk."""
+        dropped = 0
+        while len(self._waiting) > MOST_WAITING or self._bytes > MOST_WAITING_BYTES:
+            entry = self._waiting.popleft()
+            self._bytes -= len(entry.content)
+            entry.done.set()
+            dropped += 1
+        if dropped and not self.unlogged:
+            log.warning("Verdicts are lost for the log: %s", self.trouble or "they come too fast")
+        self.unlogged += dropped
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            try:
+                self._write(batch)
+            except (sqlite3.Error, OSError, OtherSchema) as error:
+                self._say_trouble(error)
+                with self._changed:
+                    self._waiting.extendleft(reversed(batch))
+                    self._drop_surplus()
+                time.sleep(AGAIN)
+                continue
+            self._say_recovered()
+            with self._changed:
+                for entry in batch:
+                    self._bytes -= len(entry.content)
+                    entry.done.set()
+                self._changed.notify_all()
+
+    def _say_trouble(self, error: Exception) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+        if not self.trouble:
+            log.warning("%s: cannot be written (%s). Verdicts go on", self.file, error)
+        self.trouble = str(error) or type(error).__name__
+
+    def _say_recovered(self) -> None:
+        if self.trouble:
+            log.warning("%s can be written again; %d verdicts lost", self.file, self.unlogged)
+        self.trouble = ""
+
+    def _write(self, batch: list[_Entry]) -> None:
+        """Write a batch in one transaction."""
+        if self._connection is None:
+            self._connection = connect(self.file)
+        connection = self._connection
+        ids: list[int | None] = []
+        with _transaction(connection):
+            for entry in batch:
+                ids.append(self._insert(connection, entry))
+            self._prune(connection)
+        for entry, number in zip(batch, ids, strict=True):
+            entry.id = number
+
+    @staticmethod
+    def _insert(connection: sqlite3.Connection, entry: _Entry) -> int | None:
+        made = connection.execute(INSERT, entry.values)
+        if not made.rowcount:  # a watched file that was logged before
+            return None
+        number, evidence = made.lastrowid, entry.evidence
+        of = dict(zip(COLUMNS, entry.values, strict=True))
+        shape = (None, None) if evidence is None else evidence.shape
+        packed = None if evidence is None else evidence.tobytes()
+        connection.execute(
+            "INSERT INTO views VALUES (?, ?, ?, ?, ?, ?)",
+            (number, entry.thumbnail, packed, *shape, entry.aspect),
+        )
+        connection.execute(
+            "INSERT INTO images VALUES (?, ?, ?)", (number, bool(of["waits"]), entry.content)
+        )
+        connection.execute(
+            "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET count = count + 1",
+            (of["source"], of["verdict"]),
+        )
+        return number
+
+    def _prune(self, connection: sqlite3.Connection) -> None:
+        """Delete what is more than is kept, some rows at a time."""
+        keep = self.rules.keep
+        newest = connection.execute("SELECT max(id) FROM verdicts").fetchone()[0] or 0
+        least, since = newest - keep.verdicts, time.time() - keep.days * 86_400
+        for _ in range(PRUNED):
+            oldest = connection.execute("SELECT id, at FROM verdicts ORDER BY id LIMIT 1")
+            number, at = oldest.fetchone() or (newest, since)
+            if number > least and at >= since:
+                break
+            for table in ("verdicts", "views", "images"):
+                connection.execute(f"DELETE FROM {table} WHERE id = ?", (number,))
+        for _ in range(PRUNED):
+            if connection.execute("SELECT bytes FROM kept").fetchone()[0] <= keep.megabytes * 1e6:
+                break
+            connection.execute(
+                "DELETE FROM images WHERE id = (SELECT id FROM images ORDER BY wanted, id LIMIT 1)"
+            )
+
+
+def _text(path: str | None) -> str | None:
+    """Return a path as a text that SQLite takes, whatever bytes it has."""
+    return None if path is None else path.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _thumbnail(content: bytes, judged: "Judged") -> bytes | None:
+    """Return a small JPEG of an image, None if it cannot be decoded."""
+    if judged.verdict.verdict == "error":
+        return None
+    takes = judged.model.classifier.takes
+    try:
+        return jpeg_within(content, THUMBNAIL, takes.channels, takes.most_pixels)
+    except UnreadableImage:
+        return None
+
+
+def jpeg_within(content: bytes, longest: int, channels: int, most_pixels: int) -> bytes:
+    """Return an image as a JPEG whose longer side has so many pixels.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    pixels = preprocessing.decode_within(content, longest, channels, most_pixels=most_pixels)
+    made = io.BytesIO()
+    Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(made, "JPEG", quality=QUALITY)
+    return made.getvalue()
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection):  # type: ignore[no-untyped-def]
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def connect(file: Path, seconds: float = LOCKED) -> sqlite3.Connection:
+    """Open the file for writing; make it if it is not there.
+
+    Args:
+        file: of the log.
+        seconds: that a write waits for another process.
+
+    Raises:
+        sqlite3.Error, OSError: it cannot be opened or made.
+        OtherSchema: a newer version of this project wrote it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(
+        file, timeout=seconds, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise OtherSchema(f"its schema is {version}, this project knows {VERSION}")
+        if version < VERSION:
+            _make(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _make(connection: sqlite3.Connection) -> None:
+    with _transaction(connection):
+        # Another process may have made it meanwhile.
+        if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+            return
+        statement = ""
+        for line in SCHEMA.splitlines():
+            statement += line + "\n"
+            if sqlite3.complete_statement(statement):
+                connection.execute(statement)
+                statement = ""
+        connection.execute(f"PRAGMA user_version = {VERSION}")

@@ -1,0 +1,144 @@
+"""The page of the versions: their figures, who is in production and why, promote, roll back."""
+
+import base64
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+
+import mlflow
+from flask import Blueprint, Response, abort, g, redirect, render_template, request, url_for
+from mlflow.exceptions import MlflowException
+from werkzeug.wrappers import Response as AnyResponse
+
+from defect_detection import StoreError
+from defect_detection.evaluation import report
+from defect_detection.registry import promotion, versions
+from defect_detection.registry.promotion import Recorded
+from defect_detection.registry.versions import EVALUATED_BY, Version
+from defect_detection.service.access import Role, needs
+from defect_detection.service.backend import Backend
+
+CHANGE_WITHIN, REPORT_WITHIN = 60, 20  # seconds, for the store
+SHOWN = 50  # versions, changes
+LONGEST_REASON = 300  # characters
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What the store says of a registered model.
+
+    Attributes:
+        name: of the registered model.
+        versions: the newest first.
+        of: how many versions there are.
+        production: number of the version that has the alias, None if none has.
+        changes: of the alias, the newest first.
+        warning: that the alias was moved without a record, else "".
+    """
+
+    name: str
+    versions: list[Version]
+    of: int
+    production: int | None
+    changes: list[Recorded]
+    warning: str
+
+
+def blueprint(backend: Backend) -> Blueprint:
+    """Return the page of the versions, and what it sends."""
+    calls = Blueprint("models", __name__, template_folder="templates")
+    name, desk = backend.registered_model, backend.desk
+
+    def registry() -> Registry:
+        known, production = versions.with_accuracy(name), versions.in_production(name)
+        return Registry(
+            name,
+            known[::-1][:SHOWN],
+            len(known),
+            production.number if production else None,
+            promotion.history(name, SHOWN),
+            promotion.moved_outside(name),
+        )
+
+    @calls.get("/models")
+    def page() -> str | tuple[str, int]:
+        try:
+            found = desk.ask(registry)
+        except StoreError as error:
+            return render_template("models.html", registry=None, trouble=str(error)), 503
+        serving = backend.serving.model
+        return render_template(
+            "models.html",
+            registry=found,
+            trouble=backend.serving.trouble,
+            serving=serving.name if serving else "",
+            sample=backend.inbox.sample,
+            nan=math.isnan,
+        )
+
+    @calls.post("/models/promote")
+    @needs(Role.ENGINEER)
+    def promote() -> AnyResponse:
+        number = request.form.get("version", type=int)
+        if number is None:
+            abort(400, "version is missing, expected a number")
+        why, by = _why("chosen"), _by()
+        with backend.changes.recorded(g.caller.described, "promote", version=number):
+            desk.ask(lambda: promotion.choose(name, number, why, by), CHANGE_WITHIN)
+        return _changed(backend)
+
+    @calls.post("/models/rollback")
+    @needs(Role.ENGINEER)
+    def roll_back() -> AnyResponse:
+        why, by = _why("rolled back"), _by()
+        with backend.changes.recorded(g.caller.described, "roll back"):
+            desk.ask(lambda: promotion.roll_back(name, why, by), CHANGE_WITHIN)
+        return _changed(backend)
+
+    @calls.get("/models/<int:number>/report")
+    def page_of(number: int) -> Response:
+        page = desk.ask(lambda: _report(name, number), REPORT_WITHIN)
+        answer = Response(page, mimetype="text/html")
+        answer.headers["Content-Security-Policy"] = _policy(page)
+        return answer
+
+    return calls
+
+
+def _changed(backend: Backend) -> AnyResponse:
+    backend.store.look_soon()
+    return redirect(url_for("models.page"))
+
+
+def _why(default: str) -> str:
+    return " ".join(request.form.get("why", "").split())[:LONGEST_REASON] or default
+
+
+def _by() -> str:
+    return f"{g.caller.described}, by the API"
+
+
+def _report(name: str, number: int) -> str:
+    """Return the report of a version; end the call with 404 if there is none."""
+    found = [one for one in versions.with_accuracy(name) if one.number == number]
+    if not found:
+        abort(404, f"{name} has no version {number}")
+    run = found[0].tags.get(EVALUATED_BY, "")
+    try:
+        return str(mlflow.artifacts.load_text(f"runs:/{run}/{report.FILE}"))
+    except (MlflowException, OSError):
+        abort(404, f"The report of version {number} is not in the store any more")
+
+
+def _policy(page: str) -> str:
+    """Return a policy that allows the styles and scripts that stand in a report, and no others."""
+    allowed = {}
+    for kind in ("style", "script"):
+        found = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        hashes = (base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in found)
+        allowed[kind] = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
+    return (
+        f"default-src 'none'; img-src data:; style-src {allowed['style']}; "
+        f"script-src {allowed['script']}; base-uri 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,147 @@
+"""The review queue: what waits for a person, one image after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flask import Blueprint, abort, g, redirect, render_template, request, url_for
+from werkzeug.wrappers import Response
+
+from defect_detection.dataset.inbox import ANSWERS, Label, Seen
+from defect_detection.service.access import Role, needs
+from defect_detection.service.backend import Backend
+from defect_detection.service.line import REASONS, WORDS, escape_rate
+from defect_detection.service.pages import require
+from defect_detection.service.verdicts import Logged
+
+AHEAD = 3  # images that a browser loads before they are needed
+ANSWER_WORDS = {"def_front": "defect", "ok_front": "good", "cannot_tell": "can't tell"}
+
+
+@dataclass(frozen=True)
+class Last:
+    """What the person labelled last.
+
+    Attributes:
+        label: that was given.
+        undo: whether it can be taken back.
+    """
+
+    label: Label
+    undo: bool
+
+
+def blueprint(backend: Backend) -> Blueprint:
+    """Return the page of the queue, and what it sends."""
+    calls = Blueprint("review", __name__, template_folder="templates")
+
+    @calls.get("/review")
+    def page() -> Response | str:
+        wanted = request.args.get("verdict", type=int)
+        turned_away = require(Role.OPERATOR)
+        return turned_away or _page(backend, wanted)
+
+    @calls.post("/review/<int:number>")
+    @needs(Role.OPERATOR)
+    def answer(number: int) -> Response | str:
+        given = request.form.get("answer", "")
+        if given not in ANSWERS:
+            abort(400, f"answer is {given[:20]!r}, expected one of: {', '.join(ANSWERS)}")
+        _label(backend, number, given, _blind())
+        return _go_on(backend)
+
+    @calls.post("/review/undo")
+    @needs(Role.OPERATOR)
+    def undo() -> Response | str:
+        last = _last(backend)
+        if last is None or not last.undo:
+            abort(409, "There is no label of yours that can be taken back")
+        with backend.changes.recorded(g.caller.described, "undo label", label=last.label.id):
+            label = backend.inbox.take_back(last.label.id, _name())
+            number = int(label.verdict_id)
+            backend.verdicts.settle(number, False)
+        return _go_on(backend, number)
+
+    return calls
+
+
+def _label(backend: Backend, number: int, answer: str, blind: bool) -> None:
+    try:
+        verdict = backend.verdicts.one(number)
+        content = backend.verdicts.view(number).content
+    except KeyError:
+        abort(404, f"There is no verdict {number} in the log any more")
+    if content is None:
+        abort(410, "The image is not kept any more, so a label would be of no use")
+    seen = Seen(
+        verdict_id=number,
+        verdict=verdict.verdict,
+        probability=verdict.probability,
+        model=verdict.model,
+        waits=verdict.waits,
+        part=verdict.part,
+    )
+    details = {"verdict": number, "part": verdict.part, "said": verdict.verdict, "answer": answer}
+    with backend.changes.recorded(g.caller.described, "label", **details):
+        backend.inbox.add(answer, _name(), seen, content, blind)
+        backend.verdicts.settle(number, True)
+
+
+def _go_on(backend: Backend, number: int | None = None) -> Response | str:
+    """Return the next image: a part of the page for its script, else the page."""
+    if request.headers.get("X-Part"):
+        return _part(backend, number)
+    return redirect(url_for("review.page", verdict=number, blind=1 if _blind() else None))
+
+
+def _page(backend: Backend, wanted: int | None) -> str:
+    return render_template("review.html", part=_part(backend, wanted), blind=_blind())
+
+
+def _part(backend: Backend, wanted: int | None) -> str:
+    waiting = backend.verdicts.waiting(AHEAD)
+    verdict = _wanted(backend, wanted) or next(iter(waiting), None)
+    return render_template(
+        "review_part.html",
+        verdict=verdict,
+        ahead=[one for one in waiting if verdict is None or one.id != verdict.id],
+        backlog=backend.verdicts.backlog(),
+        last=_last(backend),
+        mine=_mine(backend.inbox.labels(), verdict),
+        blind=_blind(),
+        escapes=escape_rate(backend),
+        words=WORDS,
+        reasons=REASONS,
+        answers=ANSWER_WORDS,
+    )
+
+
+def _wanted(backend: Backend, number: int | None) -> Logged | None:
+    if number is None:
+        return None
+    try:
+        return backend.verdicts.one(number)
+    except KeyError:
+        abort(404, f"There is no verdict {number} in the log any more")
+
+
+def _mine(labels: Sequence[Label], verdict: Logged | None) -> Label | None:
+    """Return this person's label of an image, None if there is none."""
+    if verdict is None:
+        return None
+    number = str(verdict.id)
+    mine = (one for one in labels if one.by == _name() and one.verdict_id == number)
+    return next(mine, None)
+
+
+def _last(backend: Backend) -> Last | None:
+    mine = [one for one in backend.inbox.labels() if one.by == _name()]
+    return Last(mine[-1], mine[-1].state == "waiting") if mine else None
+
+
+def _blind() -> bool:
+    return request.values.get("blind") == "1"
+
+
+def _name() -> str:
+    """Return who labels: a person who signed in, else the caller as records name it."""
+    return str(g.caller.name or g.caller.described)

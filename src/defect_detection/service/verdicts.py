@@ -1,0 +1,274 @@
+"""What the verdict log holds, as the pages show it."""
+
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from defect_detection import PipelineError
+from defect_detection.evaluation.metrics import Rate
+from defect_detection.inference import verdict_log
+
+LOCKED = 1.0  # seconds that a query waits for a writer
+OPEN = "waits != '' AND NOT settled"  # as the index `waiting` has it
+# Of the verdicts on several images of one part, the first of these counts.
+WORST_FIRST = ("defect", "error", "unknown", "ok")
+BLOCK = 5_000  # verdicts that are counted at a time
+
+
+class Unreadable(PipelineError):
+    """The verdict log cannot be read."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A verdict in the log; times in seconds since 1970, otherwise as in its schema."""
+
+    id: int
+    at: float
+    source: str
+    name: str
+    part: str
+    verdict: str
+    probability: float | None
+    threshold: float
+    review: bool
+    reason: str
+    model: str
+    milliseconds: float
+    sha256: str
+    waits: str
+    settled: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """What is kept to show an image.
+
+    Attributes:
+        content: of its file, None if that is kept no longer.
+        thumbnail: a small JPEG, None if the image could not be decoded.
+        levels: float32 (h, w) in [0, 1], evidence of a defect; None for an error.
+        aspect: as `heatmap.spread` takes it.
+    """
+
+    content: bytes | None
+    thumbnail: bytes | None
+    levels: np.ndarray | None
+    aspect: float | None
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The parts of a shift. A part with several images counts once, by the worst verdict.
+
+    Attributes:
+        began: seconds since 1970.
+        parts: how many were judged.
+        rejected: those with a defect.
+        unknown: those that could not be judged, errors among them.
+        to_person: those that a person should look at, the random sample among them.
+    """
+
+    began: float
+    parts: int
+    rejected: Rate
+    unknown: Rate
+    to_person: Rate
+
+    @property
+    def started(self) -> str:
+        """When it began, as a clock here shows it."""
+        return datetime.fromtimestamp(self.began).strftime("%H:%M")
+
+
+_COLUMNS = ", ".join(one.name for one in fields(Logged))
+
+
+class Verdicts:
+    """Reads the verdict log. Any number of threads may use it."""
+
+    def __init__(self, folder: Path, shifts: Sequence[str]):
+        """Read the log of a folder, which need not exist yet.
+
+        Args:
+            folder: of the line.
+            shifts: when shifts begin, such as "06:00", in local time.
+        """
+        self.file = folder / verdict_log.FILE
+        self._shifts = shifts
+        self._here = threading.local()
+        self._counting = threading.Lock()
+        self._count = _Count(0.0)
+
+    def newest(self, most: int) -> list[Logged]:
+        """Return the newest verdicts, the newest first."""
+        return self._select("1 ORDER BY id DESC LIMIT ?", most)
+
+    def after(self, number: int, most: int) -> list[Logged]:
+        """Return the newest verdicts after one, the newest first."""
+        return self._select("id > ? ORDER BY id DESC LIMIT ?", number, most)
+
+    def one(self, number: int) -> Logged:
+        """Return a verdict.
+
+        Raises:
+            KeyError: there is none of that id.
+        """
+        for found in self._select("id = ?", number):
+            return found
+        raise KeyError(number)
+
+    def waiting(self, most: int) -> list[Logged]:
+        """Return verdicts that wait for a person, the oldest first, the random sample last."""
+        of_line = self._select(f"{OPEN} AND waits != 'audit' ORDER BY id LIMIT ?", most)
+        left = most - len(of_line)
+        return of_line + self._select(f"{OPEN} AND waits = 'audit' ORDER BY id LIMIT ?", left)
+
+    def backlog(self) -> Counter[str]:
+        """Return how many verdicts wait for a person, by the reason."""
+        return Counter(
+            dict(self._query(f"SELECT waits, count(*) FROM verdicts WHERE {OPEN} GROUP BY 1"))
+        )
+
+    def totals(self) -> list[tuple[str, str, int]]:
+        """Return how many verdicts there were since the log was made, by source and verdict."""
+        return self._query("SELECT source, verdict, count FROM totals")
+
+    def view(self, number: int) -> View:
+        """Return what is kept to show an image.
+
+        Raises:
+            KeyError: there is none of that id.
+        """
+        rows = self._query(
+            "SELECT thumbnail, evidence, height, width, aspect, content "
+            "FROM views LEFT JOIN images USING (id) WHERE id = ?",
+            number,
+        )
+        if not rows:
+            raise KeyError(number)
+        thumbnail, evidence, height, width, aspect, content = rows[0]
+        levels = None
+        if evidence is not None:
+            levels = np.frombuffer(evidence, np.uint8).reshape(height, width) / np.float32(255)
+        return View(content, thumbnail, levels, aspect)
+
+    def settle(self, number: int, settled: bool) -> None:
+        """Take a verdict out of what waits for a person, or put it back.
+
+        Raises:
+            Unreadable: the log cannot be written.
+        """
+        try:
+            with closing(verdict_log.connect(self.file, LOCKED)) as connection:
+                connection.execute(
+                    "UPDATE verdicts SET settled = ? WHERE id = ?", (settled, number)
+                )
+                connection.execute(
+                    "UPDATE images SET wanted = ? WHERE id = ?", (not settled, number)
+                )
+        except (sqlite3.Error, OSError, verdict_log.OtherSchema) as error:
+            raise Unreadable(f"{self.file}: cannot be written ({error})") from error
+
+    def shift(self, now: datetime) -> Shift:
+        """Return the parts of the present shift."""
+        began = shift_began(self._shifts, now).timestamp()
+        with self._counting:
+            if self._count.began != began:
+                self._count = _Count(began)
+            count = self._count
+            while rows := self._query(
+                "SELECT id, part, verdict, waits FROM verdicts WHERE +at >= ? AND id > ? "
+                "ORDER BY id LIMIT ?",
+                *(began, count.last, BLOCK),
+            ):
+                count.add(rows)
+            return count.shift()
+
+    def _select(self, where: str, *values: object) -> list[Logged]:
+        rows = self._query(f"SELECT {_COLUMNS} FROM verdicts WHERE {where}", *values)
+        return [_logged(row) for row in rows]
+
+    def _query(self, text: str, *values: object) -> list[Any]:
+        if not self.file.exists():
+            return []
+        try:
+            with self._connection() as connection:
+                return connection.execute(text, values).fetchall()
+        except (sqlite3.Error, verdict_log.OtherSchema, OSError) as error:
+            raise Unreadable(f"{self.file}: cannot be read ({error})") from error
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Lend this thread's connection; a new one if the file is another, or gave an error."""
+        status = self.file.stat()
+        identity = status.st_dev, status.st_ino
+        known = getattr(self._here, "connection", None)
+        if known is None or known[0] != identity:
+            if known is not None:
+                known[1].close()
+            known = self._here.connection = identity, verdict_log.connect(self.file, LOCKED)
+        try:
+            yield known[1]
+        except sqlite3.Error:
+            self._here.connection = None
+            known[1].close()
+            raise
+
+
+class _Count:
+    """Counts the parts of a shift, verdict by verdict."""
+
+    def __init__(self, began: float):
+        self.began, self.last = began, 0
+        self._worst: dict[str, int] = {}  # by part, the place in WORST_FIRST
+        self._to_person: set[str] = set()
+
+    def add(self, rows: list[tuple[int, str, str, str]]) -> None:
+        for number, part, verdict, waits in rows:
+            part = part or f"\0{number}"  # without an id, each image is a part of its own
+            worst = min(WORST_FIRST.index(verdict), self._worst.get(part, len(WORST_FIRST)))
+            self._worst[part] = worst
+            if waits:
+                self._to_person.add(part)
+        self.last = rows[-1][0]
+
+    def shift(self) -> Shift:
+        counts = Counter(self._worst.values())
+        parts = len(self._worst)
+        unknown = counts[WORST_FIRST.index("unknown")] + counts[WORST_FIRST.index("error")]
+        return Shift(
+            self.began,
+            parts,
+            Rate(counts[WORST_FIRST.index("defect")], parts),
+            Rate(unknown, parts),
+            Rate(len(self._to_person), parts),
+        )
+
+
+def shift_began(shifts: Sequence[str], now: datetime) -> datetime:
+    """Return when the present shift began, in local time."""
+    local = now.astimezone()
+    starts = []
+    for text in shifts:
+        hour, minute = map(int, text.split(":"))
+        for days in (0, 1):
+            day = local - timedelta(days=days)
+            # Without a zone first, so that a change to summer time in between counts.
+            naive = day.replace(tzinfo=None, hour=hour, minute=minute, second=0, microsecond=0)
+            starts.append(naive.astimezone())
+    return max(one for one in starts if one <= local)
+
+
+def _logged(row: Sequence[Any]) -> Logged:
+    values = dict(zip((one.name for one in fields(Logged)), row, strict=True))
+    values["review"], values["settled"] = bool(values["review"]), bool(values["settled"])
+    return Logged(**values)
