@@ -31,8 +31,8 @@ from defect_detection import PipelineError, cli, settings  # noqa: E402
 from defect_detection.dataset.inbox import Inbox  # noqa: E402
 from defect_detection.inference.production import Production  # noqa: E402
 from defect_detection.inference.verdict_log import Rules, VerdictLog  # noqa: E402
-from defect_detection.service import access, health, locks, logs, server  # noqa: E402
-from defect_detection.service.access import Access, secret_in  # noqa: E402
+from defect_detection.service import health, locks, logs, server  # noqa: E402
+from defect_detection.service.access import Access, Role, secret_in  # noqa: E402
 from defect_detection.service.app import create_app  # noqa: E402
 from defect_detection.service.backend import Backend  # noqa: E402
 from defect_detection.service.changes import Changes  # noqa: E402
@@ -68,7 +68,7 @@ def main() -> None:
     inbox = Inbox(settings.from_root(env.get("DATA_PATH", configured.paths.data_path)))
     line = config.line
     backend = Backend(
-        access=Access({r: env.get(v, "") for r, v in access.TOKENS.items()}, secret_in(folder)),
+        access=Access(tokens(env), secret_in(folder)),
         jobs=Jobs(settings.from_root(options.jobs), command, ROOT, options.time_limit, environment),
         store=store,
         serving=serving,
@@ -86,6 +86,16 @@ def main() -> None:
     served = server.create(app, options.host, options.port)
     gc.freeze()  # else each search for garbage looks through all of MLflow: a fifth of a second
     served.run()
+
+
+def tokens(env: Mapping[str, str]) -> dict[Role, str]:
+    """Return the tokens of roles, as far as they are set."""
+    given = {
+        Role.ENGINEER: env.get("API_TOKEN"),
+        Role.OPERATOR: env.get("OPERATOR_TOKEN"),
+        Role.VIEWER: env.get("VIEW_TOKEN"),
+    }
+    return {role: token for role, token in given.items() if token}
 
 
 def arguments(env: Mapping[str, str]) -> argparse.Namespace:

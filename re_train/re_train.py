@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from defect_detection import cli, progress, settings  # noqa: E402
 from defect_detection.dataset import split as splits  # noqa: E402
+from defect_detection.dataset.field import FieldUse  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
 from defect_detection.dataset.split import Split  # noqa: E402
 from defect_detection.pipeline import delivery, fit, record, tell  # noqa: E402
@@ -91,7 +92,8 @@ def main() -> None:
         examples = folder.examples(own.inference_examples, print)
         version = choose_version(names)
         takes = choose_format(version, folder, own, config.model_parameters)
-        split = splits.load(folder, takes)
+        use = FieldUse(config.line.field_test_share, own.include_inbox)
+        split = splits.load(folder, takes, use)
         start = choose_start(version, names, takes, split.training.few_defects)
         print(f"Starting from {start.source}\n{split.leakage}", flush=True)
         planned = plan(config, own, overrides, start, device)

@@ -8,6 +8,7 @@ The version in production is judged on the same images.
 
 from defect_detection import cli, settings
 from defect_detection.dataset import split as splits
+from defect_detection.dataset.field import FieldUse
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
@@ -30,7 +31,8 @@ def main() -> None:
         promotion.check_record(config.names.production_model_name)
         best = BestModel.read(config.best_model, cli.command("src/train.py", options))
         classifier = saved_model.load_classifier(best.model_uri)
-        split = splits.load(folder, classifier.takes)
+        use = FieldUse(config.line.field_test_share, learn=False)
+        split = splits.load(folder, classifier.takes, use)
         if split.training.digest != best.data_digest:
             print(f"{split.training} has changed since this model was trained on it")
         experiment = store.open_experiment(f"eval/{config.names.experiment_name}")

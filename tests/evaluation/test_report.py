@@ -103,7 +103,9 @@ def write(drawn, asked=0.02, **changes) -> str:
     )
     origin = changes.pop("origin", Origin("0123456789abcdef", "fedcba987654"))
     decisions = replace(settings.read_config().decisions, max_escape_rate=asked)
-    return report.html(drawn, replace(registration, **changes), robustness, decisions, origin)
+    line = changes.pop("line", Rate(0, 0))
+    registration = replace(registration, **changes)
+    return report.html(drawn, registration, robustness, decisions, origin, line)
 
 
 @pytest.fixture(scope="module")

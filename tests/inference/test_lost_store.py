@@ -1,21 +1,18 @@
 """The store is gone or damaged: who judges goes on with what is here, and makes no new store."""
 
-import os
 import shutil
 import sqlite3
-import sys
 from pathlib import Path
 
 import pytest
 
+from backends import backend, client
 from conftest import draw_folders
 from defect_detection import PipelineError
 from defect_detection.inference.production import Production
 from defect_detection.registry import store as stores
 from defect_detection.registry import versions
-from defect_detection.service.app import create_app
 from defect_detection.service.health import StoreWatch
-from defect_detection.service.jobs import Jobs
 
 LOST = {
     "missing": Path.unlink,
@@ -105,10 +102,9 @@ def test_scripts_that_judge_make_no_store(project, script):
 
 
 def test_health_makes_no_store(tmp_path):
-    jobs = Jobs(tmp_path / "jobs", [sys.executable, "-c", "pass"], tmp_path, 60, os.environ)
     store = StoreWatch(f"sqlite:///{tmp_path}/store/mlflow.db", "Production_Reg")
     store.look()
-    health = create_app(jobs, store, None).test_client().get("/health")
+    health = client(backend(tmp_path, store=store)).get("/health")
     assert health.json["store"] == "unreachable"
     assert not (tmp_path / "store").exists()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from flask import Flask
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends import backend
 from defect_detection.service.app import create_app
-from defect_detection.service.health import StoreWatch
 from defect_detection.service.jobs import Jobs
 
 BROKEN, SOUND = "20260102-000000-000000-abcd", "20260101-000000-000000-abcd"
@@ -45,7 +46,7 @@ def write(folder: Path, names: list[str]) -> None:
 
 def app(folder: Path) -> Flask:
     jobs = Jobs(folder, [sys.executable, "-c", "pass"], folder, 60, os.environ)
-    return create_app(jobs, StoreWatch("sqlite:////nowhere/mlflow.db", "Production_Reg"), None)
+    return create_app(replace(backend(folder.parent / "api"), jobs=jobs))
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, "a folder", "a pipe"])

@@ -11,7 +11,7 @@ from conftest import ROOT
 BEGIN = f"""
 import logging, os, sys
 from pathlib import Path
-sys.path.insert(0, {str(ROOT / "src")!r})
+sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT / "tests")!r}]
 from defect_detection.service import logs
 """
 
@@ -26,15 +26,13 @@ raise ValueError("uncaught")
 """
 
 FORGES = """
-from defect_detection.service.app import create_app
-from defect_detection.service.health import StoreWatch
-from defect_detection.service.jobs import Jobs
+from backends import backend, client
 logs.set_up(Path("api.log") if len(sys.argv) > 1 else None)
-jobs = Jobs(Path("jobs"), [], Path(), 60, {})
+made = backend(Path().absolute())
 def fail(job_id):
     raise ValueError(job_id)
-jobs.get = fail
-client = create_app(jobs, StoreWatch("sqlite://", "Production_Reg"), None).test_client()
+made.jobs.get = fail
+client = client(made)
 for path in ("a%0aforged", "a%0d%0aforged", "a%1b[2Jforged", "a%c2%85forged", "a" * 200_000):
     assert client.get(f"/retrain/{path}").status_code == 500
 """

@@ -26,7 +26,7 @@ from defect_detection.runtime.preprocessing import ImageFormat, UnreadableImage
 
 log = logging.getLogger(__name__)
 
-CACHES_KEPT = 6  # files of decoded images: three versions of the data, train and test
+CACHES_KEPT = 9  # files of decoded images: three versions of train, test and approved ones
 BLOCK = 1024  # images that are decoded before their pixels are written
 CHECKED = 64  # images whose checksums a thread computes at a time
 
@@ -98,7 +98,7 @@ def decode(folder: DataFolder, paths: list[Path], side: str, wanted: ImageFormat
     """
     names = [folder.relative(path) for path in paths]
     contents = [_content(path)[1] for path in paths]
-    digest = _digest([_with_class(folder, name) for name in names], contents)
+    digest = digest_of([_with_class(folder, name) for name in names], contents)
     stem = folder.cache / f"{side}-{digest[:16]}-{wanted.key}-{wanted.most_pixels}"
     found = _cached(stem, len(paths), wanted)
     if found is None:
@@ -130,7 +130,8 @@ def _with_class(folder: DataFolder, name: str) -> str:
     return name if label in name.split("/") else f"{name} is {label}"
 
 
-def _digest(names: list[str], contents: list[str]) -> str:
+def digest_of(names: list[str], contents: list[str]) -> str:
+    """Return the SHA-256 of the paths and contents of images."""
     total = hashlib.sha256()
     for name, content in zip(names, contents, strict=True):
         total.update(name.encode(errors="surrogateescape") + b"\0" + bytes.fromhex(content))

@@ -34,6 +34,8 @@ SAME_SHAPE = 1.25  # ratio of two aspects up to which borders are not worth a wo
 SIDES = ("train", "test")
 SPLIT_FILE = "split.csv"  # says which image is on which side, whatever folder it lies in
 GROUPS_FILE = "groups.csv"  # says which photograph each image comes from
+# Folders of labels that people at the line gave: those that wait, and those that were approved.
+INBOX, FIELD = "inbox", "field"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class DataFolder:
     def class_of(self, name: str) -> str:
         """Return the class of an image, a name of `CLASSES`, by its path from this folder."""
         parts = PurePosixPath(name).parts
+        if parts[0] == FIELD:
+            return parts[1]
         found = self._class_named(parts[0 if self.flat else 1])
         assert found is not None, f"{name} lies in no class folder"
         return found
@@ -145,7 +149,12 @@ class DataFolder:
         root = self.path / side
         below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         found = {name: [p for p in below if self._class_named(p.name) == name] for name in CLASSES}
-        others = [p.name for p in below if self._class_named(p.name) is None]
+        known_others = (INBOX, FIELD) if not side else ()
+        others = [
+            p.name
+            for p in below
+            if self._class_named(p.name) is None and p.name not in known_others
+        ]
         for name, folders in found.items():
             if not folders and name == NEGATIVE:
                 known = ", ".join(self.classes[name])
@@ -206,7 +215,8 @@ class DataFolder:
 
     def _name_other_folders(self) -> None:
         """Say which folders lie beside `train` and `test`."""
-        beside = (p.name for p in self.path.iterdir() if p.is_dir() and p.name not in SIDES)
+        known = (*SIDES, INBOX, FIELD)
+        beside = (p.name for p in self.path.iterdir() if p.is_dir() and p.name not in known)
         others = sorted(name for name in beside if not name.startswith((".", "_")))
         if others:
             _warn(f"{self.path}: {', '.join(others)} are neither train nor test and are ignored")

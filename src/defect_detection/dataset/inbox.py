@@ -20,12 +20,12 @@ from typing import Literal
 
 from defect_detection import PipelineError
 from defect_detection.atomic import csv_text, defused, replace_atomically, restored
+from defect_detection.dataset.folder import FIELD, INBOX
 from defect_detection.runtime import preprocessing
 from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 from defect_detection.runtime.opening import suffix_of
 from defect_detection.runtime.preprocessing import UnreadableImage
 
-INBOX, FIELD = "inbox", "field"  # folders in the data folder
 TABLE, LOCK = "labels.csv", ".lock"
 CANNOT_TELL = "cannot_tell"
 ANSWERS = (*CLASSES, CANNOT_TELL)

@@ -9,9 +9,10 @@ import numpy as np
 
 from defect_detection import PipelineError, sketch
 from defect_detection.atomic import read_mapping, write_mapping
-from defect_detection.dataset import decoded, holdout
+from defect_detection.dataset import decoded, field, holdout
 from defect_detection.dataset.decoded import Decoded
-from defect_detection.dataset.folder import SIDES, DataFolder
+from defect_detection.dataset.field import FieldUse
+from defect_detection.dataset.folder import FIELD, SIDES, DataFolder
 from defect_detection.runtime.decision import CLASSES, NEGATIVE, POSITIVE
 from defect_detection.runtime.preprocessing import ImageFormat
 
@@ -44,6 +45,22 @@ class Dataset(Decoded):
         """Whether there are too few photographs of defects to learn from."""
         return self.photograph_counts[CLASSES.index(POSITIVE)] < FEW_DEFECTS
 
+    def subset(self, rows: Sequence[int], side: str) -> "Dataset":
+        """Return some of the images, as those of a side."""
+        paths = tuple(self.paths[row] for row in rows)
+        contents = tuple(self.contents[row] for row in rows)
+        return replace(
+            self,
+            side=side,
+            images=self.images[list(rows)],
+            labels=self.labels[list(rows)],
+            paths=paths,
+            contents=contents,
+            digest=decoded.digest_of(list(paths), list(contents)),
+            skipped=(),
+            photographs=self.photographs[list(rows)],
+        )
+
     def images_as(self, wanted: ImageFormat) -> np.ndarray:
         """Return the same images in another format, uint8 (n, *wanted.shape).
 
@@ -65,10 +82,17 @@ class Dataset(Decoded):
 
 @dataclass(frozen=True)
 class Split:
-    """The training and the test images of a data folder."""
+    """The training and the test images of a data folder.
+
+    Attributes:
+        training: what models learn from.
+        testing: what they are tested on.
+        field: approved images from the line that only test models, None if there are none.
+    """
 
     training: Dataset
     testing: Dataset
+    field: Dataset | None = None
 
     @property
     def leaked(self) -> np.ndarray:
@@ -101,8 +125,13 @@ def describe_leakage(leaked: int, testing: int) -> str:
     )
 
 
-def load(folder: DataFolder, wanted: ImageFormat) -> Split:
+def load(folder: DataFolder, wanted: ImageFormat, use: FieldUse | None = None) -> Split:
     """Load the training and the test images in a format.
+
+    Args:
+        folder: the data folder.
+        wanted: size, colour and shape of the pixels.
+        use: how approved images from the line are used, None if they are not.
 
     Raises:
         PipelineError: a class folder is missing or holds no readable image, more than 5 % of the
@@ -122,8 +151,42 @@ def load(folder: DataFolder, wanted: ImageFormat) -> Split:
     every = [decoded.decode(folder, files[side], side, wanted) for side in SIDES]
     for one in every:
         _require_readable(one)
-    training, testing = _with_photographs(folder, every)
-    return Split(training, testing)
+    approved = field.images(folder) if use is not None else []
+    if use is None or not approved:
+        training, testing = _with_photographs(folder, every)
+        return Split(training, testing)
+    every.append(decoded.decode(folder, approved, FIELD, wanted))
+    return _with_field(folder, _with_photographs(folder, every), use)
+
+
+def _with_field(folder: DataFolder, every: list[Dataset], use: FieldUse) -> Split:
+    """Return training, test and approved images as a split.
+
+    Args:
+        folder: the data folder.
+        every: its training, test and approved images.
+        use: how the approved ones are used.
+    """
+    training, testing, approved = every
+    numbers = {
+        path: int(number)
+        for one in every
+        for path, number in zip(one.paths, one.photographs, strict=True)
+    }
+    sides = field.assign(folder, every, numbers, use.test_share)
+    only_test = [row for row, path in enumerate(approved.paths) if sides[path] == field.TEST]
+    if use.learn:
+        staying, joining = field.learned_from(training, approved, sides)
+        if joining:
+            log.info("%d approved images from the line join the training images", len(joining))
+            files = sorted(
+                staying + joining,
+                key=lambda path: CLASSES.index(folder.class_of(folder.relative(path))),
+            )
+            joined = decoded.decode(folder, files, training.side, training.format)
+            photographs = np.array([numbers[path] for path in joined.paths], int)
+            training = Dataset(**vars(joined), photographs=photographs)
+    return Split(training, testing, approved.subset(only_test, FIELD) if only_test else None)
 
 
 def read(folder: DataFolder, files: dict[str, list[Path]], wanted: ImageFormat) -> list[Dataset]:

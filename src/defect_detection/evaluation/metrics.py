@@ -302,13 +302,16 @@ def by_photograph(
 
 
 def bounds(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact (Clopper-Pearson) bounds of a rate; 0 and 1 if there was no trial."""
-    from scipy.stats import binomtest  # takes 1 s
+    """Return the exact bounds of a rate; 0 and 1 if there was no trial.
 
-    if trials == 0:
-        return 0.0, 1.0
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    They are quantiles of beta distributions (Clopper and Pearson, Biometrika 1934).
+    """
+    from scipy.special import betaincinv  # takes 0.3 s
+
+    failures, tail = trials - successes, (1 - confidence) / 2
+    low = float(betaincinv(successes, failures + 1, tail)) if successes else 0.0
+    high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures else 1.0
+    return low, high
 
 
 def p_value_of_more(table: list[list[int]]) -> float:

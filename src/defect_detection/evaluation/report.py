@@ -92,6 +92,7 @@ def html(
     robustness: Robustness,
     decisions: Decisions,
     origin: Origin,
+    line: Rate,
 ) -> str:
     """Return the report as one page without external files.
 
@@ -101,6 +102,7 @@ def html(
         robustness: figures under disturbances.
         decisions: what the plant demands.
         origin: of the evaluation.
+        line: defects among the parts that the champion passed at the line, by the random sample.
     """
     scores, split = evaluation.scores, evaluation.split
     environment = jinja2.Environment(
@@ -111,6 +113,7 @@ def html(
         e=evaluation,
         r=registration,
         point=evaluation.point,
+        line=line,
         alias=PRODUCTION_ALIAS,
         plain=ACCURACY_THRESHOLD,
         accuracy=Rate(scores.defects_found + scores.ok_passed, scores.pictures),

@@ -5,12 +5,69 @@ from functools import cached_property
 
 import numpy as np
 
-from defect_detection.dataset.split import Split
+from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import metrics
 from defect_detection.evaluation.metrics import ErrorRates, Rate, Scores, Unseen
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD, OperatingPoint
 from defect_detection.runtime.preprocessing import ImageFormat
+
+
+@dataclass(frozen=True)
+class FieldResult:
+    """How a model judges the field test set: approved images from the line.
+
+    Attributes:
+        data: the images.
+        point: the model's operating point.
+        probabilities: float32 (n,) of a defect, for each image.
+    """
+
+    data: Dataset
+    point: OperatingPoint
+    probabilities: np.ndarray
+
+    @property
+    def right(self) -> Rate:
+        """Images that are judged right at the threshold 0.5."""
+        right = metrics.is_right(self.data.labels, self.probabilities, ACCURACY_THRESHOLD)
+        return Rate(int(right.sum()), len(right))
+
+    @cached_property
+    def error_rates(self) -> ErrorRates:
+        """Error rates at the operating point, by photograph."""
+        by_photograph = metrics.by_photograph(
+            self.data.labels, self.probabilities, self.data.photographs
+        )
+        return metrics.error_rates(*by_photograph, self.point)
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures by the names under which they are logged."""
+        low, high = self.right.bounds
+        rates = {f"field_{name}": value for name, value in self.error_rates.as_dict().items()}
+        return rates | {
+            "field_images": len(self.data),
+            "field_photographs": len(np.unique(self.data.photographs)),
+            "acc_field": self.right.share,
+            "acc_field_low": low,
+            "acc_field_high": high,
+        }
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags of a registered version."""
+        return {
+            "acc_field": repr(self.right.share),
+            "field_escapes": str(self.error_rates.escapes),
+            "field_overkill": str(self.error_rates.overkill),
+            "field_digest": self.data.digest,
+        }
+
+    def __str__(self) -> str:
+        """Return the figures in a sentence."""
+        return (
+            f"Field test set: {self.right} right at {ACCURACY_THRESHOLD}; by photograph, escapes "
+            f"{self.error_rates.escapes}, overkill {self.error_rates.overkill}"
+        )
 
 
 @dataclass(frozen=True)
@@ -26,6 +83,7 @@ class Evaluation:
         maps: float32 (n, h, w), evidence of a defect.
         unknown: test images that the model calls unknown.
         litert_sha256: of the model.
+        field: how it judges the field test set, None if there is none.
     """
 
     split: Split
@@ -36,6 +94,7 @@ class Evaluation:
     maps: np.ndarray
     unknown: Rate
     litert_sha256: str = ""
+    field: FieldResult | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -102,7 +161,7 @@ class Evaluation:
             found["acc_leaked"] = self.leaked_accuracy
         for of, rates in (("", self.error_rates), ("photographs_", self.photograph_error_rates)):
             found |= {of + name: value for name, value in rates.as_dict().items()}
-        return found
+        return found | (self.field.figures() if self.field else {})
 
     def tags(self) -> dict[str, str]:
         """Return the tags of a registered version beside `acc`."""
@@ -111,7 +170,7 @@ class Evaluation:
             "leaked_share": repr(self.split.leaked_share),
             "escapes": str(self.error_rates.escapes),
             "overkill": str(self.error_rates.overkill),
-        }
+        } | (self.field.tags() if self.field else {})
 
     def sentences(self) -> dict[str, str]:
         """Return the main figures in words, by name."""
@@ -154,4 +213,12 @@ def evaluate(classifier: Classifier, split: Split) -> Evaluation:
         maps=maps,
         unknown=Rate(unknown, len(images)),
         litert_sha256=classifier.litert_sha256,
+        field=_field(classifier, split.field),
     )
+
+
+def _field(classifier: Classifier, data: Dataset | None) -> FieldResult | None:
+    if data is None:
+        return None
+    probabilities = classifier.probabilities(data.images_as(classifier.takes))
+    return FieldResult(data, classifier.point, probabilities)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from defect_detection import PipelineError, cli
+from defect_detection.dataset.inbox import Inbox
 from defect_detection.dataset.split import Split
 from defect_detection.evaluation import parity, release, report, robustness
+from defect_detection.evaluation.metrics import Rate
 from defect_detection.evaluation.release import Registration
 from defect_detection.evaluation.report import Origin
 from defect_detection.evaluation.result import Evaluation, evaluate
@@ -95,10 +97,22 @@ def _reporting(
     table = report.table(evaluation)
 
     def log(registration: Registration) -> str:
-        page = report.html(evaluation, registration, found, plan.rules.decisions, origin)
+        decisions = plan.rules.decisions
+        line = _at_the_line(registration, evaluation)
+        page = report.html(evaluation, registration, found, decisions, origin, line)
         return record.page(page, table)
 
     return log
+
+
+def _at_the_line(registration: Registration, evaluation: Evaluation) -> Rate:
+    """Return the defects among the parts that the champion passed, by the random sample."""
+    champion = registration.champion
+    if champion is None:
+        return Rate(0, 0)
+    inbox = Inbox(evaluation.split.testing.folder.path)
+    found = inbox.sample(f"{champion.name}/{champion.number}")
+    return Rate(found.defects, found.of)
 
 
 def _require_parity(model: LoggedModel, classifier: Classifier, evaluation: Evaluation) -> None:

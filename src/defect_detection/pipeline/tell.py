@@ -91,6 +91,8 @@ def evaluation(found: Evaluation) -> None:
     print(f"With the threshold {found.point.threshold:.4f}, chosen on validation images:")
     for name, sentence in found.sentences().items():
         print(f"  {name.replace('_', ' '):24}{sentence}")
+    if found.field is not None:
+        print(found.field)
 
 
 def parity(found: Parity) -> None:

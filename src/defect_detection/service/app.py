@@ -12,6 +12,7 @@ from defect_detection.dataset.inbox import Refused
 from defect_detection.names import printable
 from defect_detection.service import (
     health,
+    images,
     job_pages,
     labels,
     line,
@@ -49,7 +50,7 @@ def create_app(backend: Backend) -> Flask:
     app.register_api(retraining.blueprint(backend.jobs, backend.changes))
     app.register_api(health.blueprint(backend))
     pages.attach(app, backend)
-    for made in (line, review, labels, models, job_pages):
+    for made in (line, images, review, labels, models, job_pages):
         app.register_blueprint(made.blueprint(backend))
 
     @app.get("/openapi.json")

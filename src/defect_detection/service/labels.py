@@ -12,7 +12,8 @@ from defect_detection.runtime.opening import MOST_PIXELS
 from defect_detection.runtime.preprocessing import UnreadableImage, read_file
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
-from defect_detection.service.line import WORDS, cached
+from defect_detection.service.images import cached
+from defect_detection.service.line import WORDS
 from defect_detection.service.review import ANSWER_WORDS
 
 SHOWN, THUMBNAIL = 50, 320  # labels on a page; pixels
@@ -26,22 +27,7 @@ def blueprint(backend: Backend) -> Blueprint:
 
     @calls.get("/labels")
     def page() -> str:
-        labels = inbox.labels()
-        photographs = backend.photographs.of(labels)
-        waiting = order_for_decision(labels, lambda one: photographs[one.content])
-        counts = Counter(photographs[one.content] for one in waiting)
-        return render_template(
-            "labels.html",
-            shown=waiting[:SHOWN],
-            waiting=len(waiting),
-            several={one.id for one in waiting if counts[photographs[one.content]] > 1},
-            photographs=photographs,
-            comparing=backend.photographs.comparing,
-            decided=[one for one in reversed(labels) if one.state != "waiting"][:SHOWN],
-            approved=Counter(one.approved_as for one in labels if one.state == "approved"),
-            words=WORDS,
-            answers=ANSWER_WORDS,
-        )
+        return _page(backend)
 
     @calls.get("/labels/<label_id>/image")
     @needs(Role.VIEWER)
@@ -71,6 +57,25 @@ def blueprint(backend: Backend) -> Blueprint:
         return redirect(url_for("labels.page"))
 
     return calls
+
+
+def _page(backend: Backend) -> str:
+    labels = backend.inbox.labels()
+    photographs = backend.photographs.of(labels)
+    waiting = order_for_decision(labels, lambda one: photographs[one.content])
+    counts = Counter(photographs[one.content] for one in waiting)
+    return render_template(
+        "labels.html",
+        shown=waiting[:SHOWN],
+        waiting=len(waiting),
+        several={one.id for one in waiting if counts[photographs[one.content]] > 1},
+        photographs=photographs,
+        comparing=backend.photographs.comparing,
+        decided=[one for one in reversed(labels) if one.state != "waiting"][:SHOWN],
+        approved=Counter(one.approved_as for one in labels if one.state == "approved"),
+        words=WORDS,
+        answers=ANSWER_WORDS,
+    )
 
 
 def _decide(backend: Backend, label_id: str, decision: str) -> str:

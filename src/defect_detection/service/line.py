@@ -1,25 +1,17 @@
-"""The line's page, to be read from three metres, and the images of verdicts."""
+"""The line's page, to be read from three metres."""
 
-import io
 import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from flask import Blueprint, Response, abort, jsonify, render_template
-from PIL import Image
+from flask import Blueprint, Response, jsonify, render_template
 
 from defect_detection.evaluation.metrics import Rate
-from defect_detection.inference.verdict_log import jpeg_within
-from defect_detection.runtime import heatmap
-from defect_detection.runtime.opening import MOST_PIXELS
-from defect_detection.runtime.preprocessing import UnreadableImage
 from defect_detection.service.backend import Backend
-from defect_detection.service.pages import FOREVER
-from defect_detection.service.verdicts import Logged, View
+from defect_detection.service.verdicts import Logged
 
 STRIP = 20  # verdicts that are shown
-IMAGE_SIDE = 720  # pixels of the longer side
-WORDS = {"defect": "Defect", "ok": "OK", "unknown": "Unknown", "error": "No image"}
+WORDS = {"defect": "Defect", "ok": "OK", "unknown": "Unknown", "error": "Unreadable"}
 REASONS = {
     "band": "near the threshold",
     "unknown": "unlike the images of training",
@@ -55,7 +47,7 @@ class State:
 
 
 def blueprint(backend: Backend) -> Blueprint:
-    """Return the line's page, what keeps it up to date, and the images."""
+    """Return the line's page, and what keeps it up to date."""
     calls = Blueprint("line", __name__, template_folder="templates")
     verdicts = backend.verdicts
 
@@ -86,25 +78,6 @@ def blueprint(backend: Backend) -> Blueprint:
         found = state(backend, newest)
         lights = [f"{one.good} {one.says}" for one in found.lights]
         return jsonify(last=found.last, silent=found.silent, lights=lights, waiting=found.waiting)
-
-    @calls.get("/verdicts/<int:number>/image")
-    def image(number: int) -> Response:
-        return cached(_image(_view(backend, number)), "image/jpeg")
-
-    @calls.get("/verdicts/<int:number>/thumbnail")
-    def thumbnail(number: int) -> Response:
-        found = _view(backend, number).thumbnail
-        return cached(found, "image/jpeg") if found else abort(404, "It cannot be decoded")
-
-    @calls.get("/verdicts/<int:number>/evidence")
-    def evidence(number: int) -> Response:
-        view = _view(backend, number)
-        if view.levels is None:
-            abort(404, "There is no evidence for an image that cannot be decoded")
-        drawn = heatmap.overlay(view.levels, _size(_image(view)), view.aspect)
-        made = io.BytesIO()
-        drawn.save(made, "PNG", compress_level=1)
-        return cached(made.getvalue(), "image/png")
 
     return calls
 
@@ -140,35 +113,3 @@ def _arriving(since: float | None, silent: bool) -> str:
     if since is None:
         return "none yet"
     return f"none for {since:.0f} s" if silent else "arrive"
-
-
-def _view(backend: Backend, number: int) -> View:
-    try:
-        return backend.verdicts.view(number)
-    except KeyError:
-        abort(404, f"There is no verdict {number} in the log any more")
-
-
-def _image(view: View) -> bytes:
-    """Return an image as it is shown: a JPEG of our own making, never what was sent."""
-    if view.content is not None:
-        try:
-            return jpeg_within(view.content, IMAGE_SIDE, 3, MOST_PIXELS)
-        except UnreadableImage as error:
-            abort(404, f"The image {error}")
-    if view.thumbnail is None:
-        abort(404, "The image is not kept any more")
-    return view.thumbnail
-
-
-def _size(jpeg: bytes) -> tuple[int, int]:
-    """Return height and width."""
-    with Image.open(io.BytesIO(jpeg)) as opened:
-        return opened.height, opened.width
-
-
-def cached(content: bytes, kind: str) -> Response:
-    """Return an image that never changes under its address."""
-    answer = Response(content, mimetype=kind)
-    answer.headers["Cache-Control"] = FOREVER
-    return answer

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import math
 import re
 from dataclasses import dataclass
 
@@ -50,21 +49,10 @@ def blueprint(backend: Backend) -> Blueprint:
     calls = Blueprint("models", __name__, template_folder="templates")
     name, desk = backend.registered_model, backend.desk
 
-    def registry() -> Registry:
-        known, production = versions.with_accuracy(name), versions.in_production(name)
-        return Registry(
-            name,
-            known[::-1][:SHOWN],
-            len(known),
-            production.number if production else None,
-            promotion.history(name, SHOWN),
-            promotion.moved_outside(name),
-        )
-
     @calls.get("/models")
     def page() -> str | tuple[str, int]:
         try:
-            found = desk.ask(registry)
+            found = desk.ask(lambda: _registry(name))
         except StoreError as error:
             return render_template("models.html", registry=None, trouble=str(error)), 503
         serving = backend.serving.model
@@ -74,7 +62,6 @@ def blueprint(backend: Backend) -> Blueprint:
             trouble=backend.serving.trouble,
             serving=serving.name if serving else "",
             sample=backend.inbox.sample,
-            nan=math.isnan,
         )
 
     @calls.post("/models/promote")
@@ -104,6 +91,18 @@ def blueprint(backend: Backend) -> Blueprint:
         return answer
 
     return calls
+
+
+def _registry(name: str) -> Registry:
+    known, production = versions.with_accuracy(name), versions.in_production(name)
+    return Registry(
+        name,
+        known[::-1][:SHOWN],
+        len(known),
+        production.number if production else None,
+        promotion.history(name, SHOWN),
+        promotion.moved_outside(name),
+    )
 
 
 def _changed(backend: Backend) -> AnyResponse:

@@ -35,7 +35,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # without it, forms come from an unknown origin
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 FOREVER = "private, max-age=31536000, immutable"
