@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlflow
@@ -10,10 +11,10 @@ from flask import Blueprint, Response, abort, g, redirect, render_template, requ
 from mlflow.exceptions import MlflowException
 from werkzeug.wrappers import Response as AnyResponse
 
-from defect_detection import StoreError
+from defect_detection import PipelineError, StoreError
 from defect_detection.evaluation import report
 from defect_detection.registry import promotion, versions
-from defect_detection.registry.promotion import Recorded
+from defect_detection.registry.promotion import Change, Recorded
 from defect_detection.registry.versions import EVALUATED_BY, Version
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
@@ -72,7 +73,7 @@ def blueprint(backend: Backend) -> Blueprint:
             abort(400, "version is missing, expected a number")
         why, by = _why("chosen"), _by()
         with backend.changes.recorded(g.caller.described, "promote", version=number):
-            desk.ask(lambda: promotion.choose(name, number, why, by), CHANGE_WITHIN)
+            _change(backend, lambda: promotion.choose(name, number, why, by))
         return _changed(backend)
 
     @calls.post("/models/rollback")
@@ -80,7 +81,7 @@ def blueprint(backend: Backend) -> Blueprint:
     def roll_back() -> AnyResponse:
         why, by = _why("rolled back"), _by()
         with backend.changes.recorded(g.caller.described, "roll back"):
-            desk.ask(lambda: promotion.roll_back(name, why, by), CHANGE_WITHIN)
+            _change(backend, lambda: promotion.roll_back(name, why, by))
         return _changed(backend)
 
     @calls.get("/models/<int:number>/report")
@@ -103,6 +104,16 @@ def _registry(name: str) -> Registry:
         promotion.history(name, SHOWN),
         promotion.moved_outside(name),
     )
+
+
+def _change(backend: Backend, change: Callable[[], Change]) -> None:
+    """Move the alias; end the call with 409 if the registry refuses that."""
+    try:
+        backend.desk.ask(change, CHANGE_WITHIN)
+    except StoreError:
+        raise
+    except PipelineError as error:
+        abort(409, str(error))
 
 
 def _changed(backend: Backend) -> AnyResponse:
