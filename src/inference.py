@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,14 +173,18 @@ def configuration(file: str | None) -> "tuple[Config, dict[str, str]]":
 def verdict_log(options: Namespace) -> "VerdictLog":
     """Return the log of a watch's verdicts, as the configuration says.
 
-    With requirements-line.txt, which cannot read it, the log lies in its usual place.
+    A small PC at the line may have none, or only requirements-line.txt, which cannot read it.
     """
     from defect_detection.inference.verdict_log import Rules, VerdictLog
 
+    here = Path(__file__).resolve().parent
+    usual = partial(VerdictLog, here.parent / ".line", Rules())
+    if options.model and not options.config and not (here / "config.yaml").exists():
+        return usual()
     try:
         config, env = configuration(options.config)
     except LineOnly:
-        return VerdictLog(Path(__file__).resolve().parents[1] / ".line", Rules())
+        return usual()
     from defect_detection import settings
 
     line = config.line

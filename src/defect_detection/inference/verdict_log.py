@@ -383,7 +383,7 @@ def connect(file: Path, seconds: float = LOCKED) -> sqlite3.Connection:
         file, timeout=seconds, isolation_level=None, check_same_thread=False
     )
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection, seconds)
         connection.execute("PRAGMA synchronous = NORMAL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
@@ -394,6 +394,19 @@ def connect(file: Path, seconds: float = LOCKED) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _use_wal(connection: sqlite3.Connection, seconds: float) -> None:
+    """Let readers and a writer work at a time; SQLite itself does not wait for that change."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _make(connection: sqlite3.Connection) -> None:
