@@ -170,7 +170,7 @@ def test_pages_allow_nothing_from_elsewhere_and_nothing_inline(tmp_path, page):
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     if "html" in answer.mimetype:
         assert not re.search(r"<script(?![^>]* src=)|<style| style=| on\w+=", answer.text)
-        assert "//" not in re.sub(r"http://www.w3.org/\S+", "", answer.text)
+        assert not re.search(r'(href|src|action)="(https?:)?//', answer.text)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_change_that_cannot_be_written_down_is_not_made(tmp_path):
     made.changes.file.parent.mkdir(exist_ok=True)
     made.changes.file.mkdir()
     answer = client(made).post("/retrain")
-    assert answer.status_code == 503 and "cannot be written" in answer.json["message"]
-    assert made.jobs.all() == []
+    assert (answer.status_code, made.jobs.all()) == (503, [])
+    assert answer.json["message"] == "No retraining could be started: Is a directory"
 
 
 def test_roles_are_ordered():

@@ -51,19 +51,21 @@ def blueprint(backend: Backend) -> Blueprint:
     name, desk = backend.registered_model, backend.desk
 
     @calls.get("/models")
-    def page() -> str | tuple[str, int]:
+    def page() -> tuple[str, int]:
+        model = backend.serving.model
+        found, trouble = None, backend.serving.trouble
         try:
             found = desk.ask(lambda: _registry(name))
         except StoreError as error:
-            return render_template("models.html", registry=None, trouble=str(error)), 503
-        serving = backend.serving.model
-        return render_template(
+            trouble = str(error)
+        page = render_template(
             "models.html",
             registry=found,
-            trouble=backend.serving.trouble,
-            serving=serving.name if serving else "",
+            trouble=trouble,
+            serving=model.name if model else "",
             sample=backend.inbox.sample,
         )
+        return page, 200 if found else 503
 
     @calls.post("/models/promote")
     @needs(Role.ENGINEER)
