@@ -53,7 +53,7 @@ def create_app(backend: Backend) -> Flask:
     for made in (line, images, review, labels, models, job_pages):
         app.register_blueprint(made.blueprint(backend))
 
-    @app.get("/openapi.json")
+    @app.get("/openapi.json", doc_ui=False)
     @needs(Role.NOBODY)
     def openapi() -> Response:
         return jsonify(app.api_doc)
