@@ -39,6 +39,7 @@ def create_app(backend: Backend) -> Flask:
         __name__,
         info=Info(title="defect-detection", version=VERSION),
         doc_ui=False,
+        security_schemes={"token": {"type": "http", "scheme": "bearer"}},
         validation_error_callback=_refuse_value,
         static_folder=None,
     )

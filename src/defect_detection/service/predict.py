@@ -15,6 +15,7 @@ from defect_detection.names import printable
 from defect_detection.runtime import heatmap, preprocessing
 from defect_detection.runtime.classifier import VerdictName
 from defect_detection.service.access import Role, needs
+from defect_detection.service.refusal import refusals
 from defect_detection.service.serving import NotServing, Serving
 
 LARGEST_BODY = 32 * 1024 * 1024  # bytes
@@ -97,7 +98,7 @@ def blueprint(serving: Serving, verdicts: VerdictLog) -> APIBlueprint:
         "/predict",
         summary="Judge images",
         openapi_extensions=BODY,
-        responses={200: Predictions, 422: NoVerdict},
+        responses={**refusals(413, 503), 200: Predictions, 422: NoVerdict},
     )
     @needs(Role.OPERATOR)
     def predict(query: Query) -> Response | tuple[Response, int]:

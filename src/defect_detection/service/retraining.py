@@ -15,6 +15,7 @@ from defect_detection.service import job_files
 from defect_detection.service.changes import Changes
 from defect_detection.service.job_files import Job
 from defect_detection.service.jobs import Busy, Jobs
+from defect_detection.service.refusal import refusals
 from defect_detection.settings import RetrainOverrides
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
         "/retrain",
         summary="Start a retraining",
         openapi_extensions=BODY,
-        responses={200: dict(described), 202: dict(described)},
+        responses={**refusals(409, 413, 500, 503), 200: dict(described), 202: dict(described)},
     )
     def start(query: Start) -> Answer:
         job = begin(jobs, changes, _read_overrides())
@@ -76,7 +77,7 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
             return jsonify(_describe(job)), status, {"Location": _address(job)}
         return jsonify(_describe(job)), 202, {"Location": _address(job)}
 
-    @calls.get("/retrain", summary="The newest retrainings", responses={200: list_of})
+    @calls.get("/retrain", summary="The newest retrainings", responses={**refusals(), 200: list_of})
     def page(query: Page) -> Answer:
         found = jobs.all(query.limit + 1, query.before)  # one more shows whether there is more
         answer = jsonify([_describe(job) for job in found[: query.limit]])
@@ -86,15 +87,25 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
             answer.headers["Link"] = f'<{following}>; rel="next"'
         return answer
 
-    @calls.get("/retrain/<job_id>", summary="A retraining", responses={200: dict(described)})
+    @calls.get(
+        "/retrain/<job_id>",
+        summary="A retraining",
+        responses={**refusals(404), 200: dict(described)},
+    )
     def one(path: JobPath) -> Answer:
         return jsonify(_describe(_find(jobs.get, path.job_id)))
 
-    @calls.get("/retrain/<job_id>/log", summary="Its output", responses={200: text})
+    @calls.get(
+        "/retrain/<job_id>/log", summary="Its output", responses={**refusals(404), 200: text}
+    )
     def output(path: JobPath) -> Answer:
         return Response(_find(jobs.log, path.job_id), mimetype="text/plain")
 
-    @calls.delete("/retrain/<job_id>", summary="Cancel it", responses={200: dict(described)})
+    @calls.delete(
+        "/retrain/<job_id>",
+        summary="Cancel it",
+        responses={**refusals(404, 409), 200: dict(described)},
+    )
     def cancel(path: JobPath) -> Answer:
         return jsonify(_describe(end(jobs, changes, path.job_id)))
 
