@@ -4,7 +4,7 @@
 # make test-fast                those that need no fit and no server, under a minute
 # make sample                   draw the synthetic images in data/
 # make lint                     style and types of the code
-# make requirements             pin what requirements.in and requirements-line.in need, with hashes
+# make requirements             pin what the requirements*.in need, with hashes
 # make bench                    the figures of the documentation, about an hour
 
 PYTHON := .venv/bin/python
@@ -47,6 +47,7 @@ requirements:
 	.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(call compile,requirements)
 	$(call compile,requirements-line) --constraint requirements.txt
+	$(call compile,requirements-browser) --constraint requirements.txt
 
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
