@@ -86,7 +86,7 @@ def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
         from defect_detection.inference import watch
 
         verdicts = verdict_log(options)
-        stack.callback(verdicts.flush, LOG_WITHIN)
+        stack.callback(finish, verdicts)
         worker.submit(watch.follow, options.watch, judge, production, output, verdicts).result()
     return worker.submit(judge_all, options, items, judge, output).result()
 
@@ -184,12 +184,21 @@ def verdict_log(options: Namespace) -> "VerdictLog":
     try:
         config, env = configuration(options.config)
     except LineOnly:
+        if options.config:
+            raise
         return usual()
     from defect_detection import settings
 
     line = config.line
     folder = settings.from_root(env.get("LINE_PATH", config.paths.line))
     return VerdictLog(folder, Rules(line.part_id, line.audit_share, line.keep))
+
+
+def finish(verdicts: "VerdictLog") -> None:
+    """Wait until verdicts are in the log, and say how many are not."""
+    left = verdicts.flush(LOG_WITHIN) + verdicts.unlogged
+    if left:
+        log.warning("%d verdicts are not in %s: %s", left, verdicts.file, verdicts.trouble)
 
 
 def find(options: Namespace) -> "Iterator[Item]":

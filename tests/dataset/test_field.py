@@ -106,6 +106,43 @@ def test_image_of_a_known_photograph_goes_to_its_side(folder, of, expected):
     assert not any("again" in path for path in loaded.training.paths)  # no image twice
 
 
+def test_photograph_with_many_images_has_no_greater_chance_to_test(folder):
+    files = approve(folder.path, 60)
+    (folder.path / "groups.csv").write_text(
+        "path,photo\n"
+        + "".join(f"{folder.relative(file)},p{number // 6}\n" for number, file in enumerate(files))
+    )
+    split.load(folder, TAKES, FieldUse(0.2, learn=True))
+    assert list(sides(folder).values()).count("test") <= 24  # 4 of 10 photographs
+
+
+def test_learned_image_stays_on_its_side_when_its_class_is_corrected(folder):
+    files = approve(folder.path, 12)
+    split.load(folder, TAKES, FieldUse(1e-6, learn=True))
+    other = folder.path / "field" / "ok_front"
+    other.mkdir()
+    files[0].rename(other / files[0].name)
+    split.load(folder, TAKES, FieldUse(0.999, learn=True))
+    assert sides(folder)[f"field/ok_front/{files[0].name}"] == "train"
+
+
+def test_unreadable_approved_image_is_named(folder, caplog):
+    approve(folder.path, 3)[1].write_bytes(b"no image")
+    split.load(folder, TAKES, LEARN)
+    assert "field/def_front/1-01.jpeg is none of" in caplog.text and "skipped" in caplog.text
+
+
+def test_sides_are_not_written_again_when_an_image_was_deleted(folder):
+    approve(folder.path, 6)[0].unlink()
+    split.load(folder, TAKES, LEARN)
+    file = folder.path / "field" / "split.csv"
+    for path in sorted((folder.path / "field" / "def_front").iterdir())[:2]:
+        path.unlink()
+    before = file.stat().st_mtime_ns, file.stat().st_ino
+    split.load(folder, TAKES, LEARN)
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
+
+
 def test_images_of_one_photograph_are_on_one_side(folder):
     files = approve(folder.path, 10)
     (folder.path / "groups.csv").write_text(

@@ -136,10 +136,14 @@ def test_sample_counts_what_people_found_among_the_parts_that_pass(inbox):
     inbox.add("ok_front", "Ada", newer, other(10), False)
     assert inbox.sample("Production_Reg/1") == Sample(2, 4)
     assert inbox.sample() == Sample(2, 5)
-    inbox.reject(labels[4].id, "Eve")
+    inbox.reject(labels[4].id, "Eve")  # out of training, but it was seen
+    assert inbox.sample("Production_Reg/1") == Sample(2, 4)
+    inbox.add("def_front", "Bob", replace(SEEN, verdict_id=0), other(0), False)
+    assert inbox.sample("Production_Reg/1") == Sample(3, 4)  # people disagree
     inbox.approve(labels[2].id, "Eve", "ok_front")  # it was no defect after all
-    assert inbox.sample("Production_Reg/1") == Sample(0, 3)
-    assert inbox.overrides() == {("ok", "def_front"): 3}
+    inbox.approve(labels[0].id, "Eve")
+    assert inbox.sample("Production_Reg/1") == Sample(1, 4)
+    assert inbox.overrides() == {("ok", "def_front"): 4}
 
 
 def test_contradictions_come_first_then_corrections(inbox):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +69,7 @@ def test_what_waits_for_a_person_says_why(tmp_path, verdict, share, waits):
 def test_random_sample_is_as_large_as_asked(tmp_path):
     log = VerdictLog(tmp_path, Rules(audit_share=0.3))
     log.add([judged() for _ in range(1000)], [Origin("predict")] * 1000)
-    assert log.flush(20)
+    assert log.flush(20) == 0
     sampled = sum(waits == "audit" for (waits,) in rows(tmp_path, "waits"))
     assert 240 < sampled < 360
 
@@ -95,12 +97,77 @@ def test_file_that_cannot_be_read_is_logged_too(tmp_path):
 
 
 def test_watched_file_is_logged_once_also_by_the_next_watch(tmp_path):
-    for time_of_change, expected in ((5, 1), (5, 1), (6, 2)):
+    now = time.time_ns()
+    for time_of_change, expected in ((now, 1), (now, 1), (now + 1, 2)):
         log = VerdictLog(tmp_path, NOBODY)  # as after a restart
         log.add([judged()], [Origin("watch", "/in/part\udcff.jpeg", time_of_change)])
-        assert log.flush(5)
+        assert log.flush(5) == 0
         assert len(rows(tmp_path)) == expected
     assert rows(tmp_path, "count", "totals") == [(2,)]
+
+
+def test_file_that_could_not_be_read_first_is_logged_when_it_can(tmp_path):
+    log, origin = VerdictLog(tmp_path, NOBODY), Origin("watch", "/in/a.jpeg", time.time_ns())
+    error = Verdict("error", None, True, "cannot be read (Permission denied)")
+    log.add([judged(verdict=error, content=UnreadableImage("cannot be read"))], [origin])
+    log.add([judged()], [origin])
+    assert rows(tmp_path, "id, verdict") == [(1, "error"), (2, "ok")]
+
+
+def test_watched_file_from_before_all_that_is_kept_is_not_logged_anew(tmp_path):
+    log, old = VerdictLog(tmp_path, NOBODY), time.time_ns() - 91 * 86_400 * 10**9
+    ids = log.add([judged("old"), judged("new")], [Origin("watch", "/old", old), Origin("predict")])
+    assert ids == [None, 1] and rows(tmp_path, "name") == [("new",)]
+
+
+@pytest.mark.parametrize("odd", ["year 2300", "model that is not UTF-8", "verdict that is none"])
+def test_odd_value_stops_no_other_verdict(tmp_path, odd):
+    log, one, origin = VerdictLog(tmp_path, NOBODY), judged(), Origin("predict")
+    if odd == "year 2300":
+        origin = Origin("watch", "/in/a.jpeg", 2**63 + 5)
+    elif odd == "model that is not UTF-8":
+        one = replace(one, model=replace(one.model, name="model\udcff"))
+    else:
+        one = replace(one, verdict=replace(one.verdict, verdict=None))
+    log.add(
+        [judged("before"), one, judged("after")], [Origin("predict"), origin, Origin("predict")]
+    )
+    assert log.flush(5) == 0
+    names = [name for (name,) in rows(tmp_path, "name")]
+    assert {"before", "after"} <= set(names)
+    assert len(names) + log.unlogged == 3 and log.unlogged == (odd == "verdict that is none")
+    assert log.add([judged()], [Origin("predict")]) != [None]
+
+
+def test_file_that_is_deleted_is_made_again(tmp_path):
+    log = VerdictLog(tmp_path / "line", NOBODY)
+    log.add([judged()], [Origin("predict")])
+    shutil.rmtree(tmp_path / "line")
+    assert log.add([judged("again")], [Origin("predict")]) == [1]
+    assert rows(tmp_path / "line", "name") == [("again",)]
+
+
+def test_large_images_are_waited_for_while_the_disk_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict_log, "MOST_WAITING_BYTES", 1_000_000)
+    log = VerdictLog(tmp_path, NOBODY)
+    large = [judged(content=PART + b"\0" * 400_000) for _ in range(12)]
+    large.append(judged(content=PART + b"\0" * 3_000_000))  # more than may wait at all
+    log.add(large, [Origin("predict")] * 13)
+    assert (log.flush(10), log.unlogged, len(rows(tmp_path, "id", "images"))) == (0, 0, 13)
+
+
+def test_of_large_images_that_wait_for_a_broken_disk_the_verdicts_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict_log, "MOST_WAITING_BYTES", 1_000_000)
+    monkeypatch.setattr(verdict_log, "AGAIN", 0.05)
+    (tmp_path / "line").write_text("a file")
+    log = VerdictLog(tmp_path / "line", NOBODY)
+    for number in range(6):
+        log.add([judged(f"{number}", content=PART + b"\0" * 400_000)], [Origin("predict")])
+    assert log.flush(0.1) == 6
+    (tmp_path / "line").unlink()
+    assert log.flush(10) == 0
+    assert [name for (name,) in rows(tmp_path / "line", "name")] == [*"012345"]
+    assert sum(not content for (content,) in rows(tmp_path / "line", "content", "images")) == 4
 
 
 def test_oldest_verdicts_and_images_go_first_and_those_for_a_person_last(tmp_path):
@@ -138,7 +205,7 @@ def test_lock_holds_up_no_verdict_and_loses_none(tmp_path, monkeypatch, caplog):
         started = time.monotonic()
         log.add([judged()], [Origin("predict")])
         assert time.monotonic() - started < 0.1
-    assert log.flush(10)
+    assert log.flush(10) == 0
     assert len(rows(tmp_path)) == 22
     assert (log.trouble, log.unlogged) == ("", 0)
     said = [record.message for record in caplog.records]
@@ -155,7 +222,7 @@ def test_what_cannot_be_kept_in_memory_is_counted(tmp_path, monkeypatch, caplog)
         assert log.add([judged(f"{number}.jpeg")], [Origin("predict")]) == [None]
     assert log.trouble
     (tmp_path / "line").unlink()
-    assert log.flush(10)
+    assert log.flush(10) == 0
     kept = [name for _, name in rows(tmp_path / "line", "id, name")]
     assert len(kept) + log.unlogged == 12 and kept[-1] == "11.jpeg"
     assert log.unlogged >= 1
@@ -169,6 +236,7 @@ def test_file_of_another_kind_is_left_alone(tmp_path, damage, monkeypatch):
     if damage == "newer":
         with closing(verdict_log.connect(file)) as connection:
             connection.execute("PRAGMA user_version = 99")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     else:
         file.write_bytes(b"no database at all" * 100)
     before = file.read_bytes()
@@ -176,8 +244,7 @@ def test_file_of_another_kind_is_left_alone(tmp_path, damage, monkeypatch):
     assert log.add([judged()], [Origin("predict")]) == [None]
     wait_for(lambda: log.trouble)
     assert ("its schema is 99" if damage == "newer" else "not a database") in log.trouble
-    if damage != "newer":
-        assert file.read_bytes() == before
+    assert file.read_bytes() == before
 
 
 WRITER = """

@@ -39,11 +39,11 @@ class Decoded:
 
     Attributes:
         folder: the data folder, from which the paths count.
-        side: "train" or "test".
+        side: "train", "test", or "field" for approved images from the line.
         images: uint8 (n, *format.shape), memory-mapped, 0 = black.
         format: of the images.
         labels: uint8 (n,), 1 = defect, 0 = ok.
-        paths: (n,) paths relative to the folder, sorted by class, then name.
+        paths: (n,) paths relative to the folder, sorted by class.
         contents: (n,) SHA-256 of each file.
         digest: SHA-256 of the paths and contents of all images, the unreadable ones included.
         skipped: path and reason of each unreadable image.

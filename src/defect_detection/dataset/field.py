@@ -1,9 +1,11 @@
 """Approved images from the line: which of them are learned from, and which only test models.
 
 They lie in `field/` of the data folder, in a folder for each class. `field/split.csv` says on which
-side each is; once there, an image stays, so that no model is tested on what another learned from.
+side each is. What was learned from never becomes a test, so that no model is tested on what it, or
+one that it was fine-tuned from, has seen.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,10 +69,12 @@ def assign(
     known = read_mapping(file, "path", "split") if file.exists() else {}
     learned = {photographs[path] for path in training.paths}
     tested = {photographs[path] for path in testing.paths}
+    # By name, which is the content's SHA-256: an image may have moved to the other class.
+    by_name = {Path(path).name: side for path, side in known.items()}
     for path in approved.paths:
-        if known.get(path) == TRAIN:
+        if by_name.get(Path(path).name) == TRAIN:
             learned.add(photographs[path])
-        elif known.get(path) == TEST:
+        elif by_name.get(Path(path).name) == TEST:
             tested.add(photographs[path])
     first: dict[int, str] = {}  # content of each photograph, by which it is drawn
     for path, content in zip(approved.paths, approved.contents, strict=True):
@@ -80,11 +84,12 @@ def assign(
     def side(number: int) -> str:
         if number in learned:
             return TRAIN
-        drawn = int(first[number][:12], 16) / 16**12 < share
-        return TEST if number in tested or drawn else TRAIN
+        # Hashed again, as the first of several hashes is small more often than one.
+        drawn = int(hashlib.sha256(first[number].encode()).hexdigest()[:12], 16) / 16**12
+        return TEST if number in tested or drawn < share else TRAIN
 
     found = {path: side(photographs[path]) for path in approved.paths}
-    if found != known:
+    if {**known, **found} != known:
         write_mapping(file, "path", "split", {**known, **found})
     return found
 

@@ -13,7 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -145,6 +145,8 @@ class Inbox:
             status = table.stat()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise PipelineError(f"{table}: cannot be read ({error.strerror})") from error
         signature = status.st_mtime_ns, status.st_ino, status.st_size
         if self._known[0] != signature:
             self._known = signature, _read(table)
@@ -177,8 +179,7 @@ class Inbox:
             *(str(seen.verdict_id), seen.verdict, probability, seen.model, seen.waits, seen.part),
         )
         with self._changing() as labels:
-            mine = (one for one in labels if one.by == by)
-            if any(one.verdict_id == label.verdict_id for one in mine):
+            if any(one.by == by and same_image(one, label) for one in labels):
                 raise Refused(f"{by} has labelled this image already. Undo that first")
             if not (self.folder / image).exists():
                 with replace_atomically(self.folder / image) as temporary:
@@ -199,7 +200,7 @@ class Inbox:
             if label.state != "waiting":
                 raise Refused(f"This label was {label.state} by {label.decided_by} meanwhile")
             labels.remove(label)
-            self._forget_image(label, labels)
+        self._forget_image(label)
         return label
 
     def approve(self, label_id: str, by: str, answer: str = "") -> Label:
@@ -232,7 +233,7 @@ class Inbox:
                 with replace_atomically(target) as temporary:
                     temporary.write_bytes(content)
             decided = self._decide(labels, label, "approved", by, label_as)
-            self._forget_image(decided, labels)
+        self._forget_image(decided)
         return decided
 
     def reject(self, label_id: str, by: str) -> Label:
@@ -243,19 +244,27 @@ class Inbox:
         """
         with self._changing() as labels:
             decided = self._decide(labels, self._undecided(labels, label_id), "rejected", by)
-            self._forget_image(decided, labels)
+            self._take_out(decided, labels)
+        self._forget_image(decided)
         return decided
 
     def sample(self, model: str | None = None) -> Sample:
-        """Return what people found among the parts that pass, of all models or of one."""
-        answers = Counter(
-            one.approved_as or one.label
-            for one in self.labels()
-            if one.waits == "audit"
-            and one.state != "rejected"
-            and (model is None or one.model == model)
-        )
-        return Sample(answers[POSITIVE], answers[POSITIVE] + answers[NEGATIVE])
+        """Return what people found in the random sample of what passes, of all models or of one.
+
+        An image counts once. What an engineer approved it as counts first; if people disagree, it
+        counts as a defect. That a label is rejected only keeps the image out of training.
+        """
+        answers: dict[str, set[str]] = {}
+        approved: dict[str, str] = {}
+        for one in self.labels():
+            if one.waits == "audit" and (model is None or one.model == model):
+                key = f"{one.verdict_id} {one.content}"
+                answers.setdefault(key, set()).add(one.label)
+                if one.approved_as:
+                    approved[key] = one.approved_as
+        found = [{approved[key]} if key in approved else said for key, said in answers.items()]
+        defects = sum(POSITIVE in said for said in found)
+        return Sample(defects, sum(bool(said & set(CLASSES)) for said in found))
 
     def overrides(self) -> Mapping[tuple[str, str], int]:
         """Return how often labels contradict verdicts, by verdict and label."""
@@ -278,15 +287,49 @@ class Inbox:
         labels[labels.index(label)] = decided
         return decided
 
-    def _forget_image(self, label: Label, labels: list[Label]) -> None:
-        """Delete an image from the inbox if no other label of it waits."""
-        if not any(one.image == label.image and one.state == "waiting" for one in labels):
-            with suppress(OSError):
-                (self.folder / label.image).unlink(missing_ok=True)
+    def _take_out(self, label: Label, labels: list[Label]) -> None:
+        """Take out of training what an approval left there that was cut off."""
+        for name in CLASSES:
+            if not any(one.image == label.image and one.approved_as == name for one in labels):
+                with suppress(OSError):
+                    (self.data / FIELD / name / label.image).unlink(missing_ok=True)
+
+    def _forget_image(self, label: Label) -> None:
+        """Delete an image from the inbox if no label of it waits, as the table on the disk says."""
+        with self._locked():
+            labels = _read(self.folder / TABLE)
+            if not any(one.image == label.image and one.state == "waiting" for one in labels):
+                with suppress(OSError):
+                    (self.folder / label.image).unlink(missing_ok=True)
 
     @contextmanager
     def _changing(self) -> Iterator[list[Label]]:
         """Lock the table and yield its labels; write them if the block succeeds."""
+        with self._locked():
+            table = self.folder / TABLE
+            labels = _read(table) if table.exists() else []
+            before = list(labels)
+            yield labels
+            if len(labels) == len(before) + 1:  # the usual change, which costs no more with more
+                self._append(labels[-1], new=not before)
+            elif labels != before:
+                with replace_atomically(table) as temporary:
+                    temporary.write_text(csv_text([COLUMNS, *map(_row, labels)]), encoding="utf-8")
+
+    def _append(self, label: Label, new: bool) -> None:
+        """Add a row in one write, at the end of a table that ends with a whole row."""
+        table = self.folder / TABLE
+        rows = csv_text([*([COLUMNS] if new else []), _row(label)])
+        try:
+            with table.open("ab") as file:
+                file.write(rows.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PipelineError(f"{table}: cannot be written ({error.strerror})") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -294,14 +337,7 @@ class Inbox:
             raise PipelineError(f"{self.folder}: cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            table = self.folder / TABLE
-            labels = _read(table) if table.exists() else []
-            before = list(labels)
-            yield labels
-            if labels != before:
-                rows = [COLUMNS, *(list(map(defused, asdict(one).values())) for one in labels)]
-                with replace_atomically(table) as temporary:
-                    temporary.write_text(csv_text(rows), encoding="utf-8")
+            yield
         finally:
             os.close(lock)
 
@@ -326,6 +362,18 @@ def order_for_decision(labels: list[Label], photograph: Callable[[Label], str]) 
         return not contradicted, not label.corrects, counts[photo] < 2, photo, label.at
 
     return sorted(waiting, key=rank)
+
+
+def same_image(one: Label, other: Label) -> bool:
+    """Return whether two labels are about one image of the verdict log.
+
+    The log may have been deleted, and have begun to count anew.
+    """
+    return (one.verdict_id, one.content) == (other.verdict_id, other.content)
+
+
+def _row(label: Label) -> list[str]:
+    return [defused(getattr(label, name)) for name in COLUMNS]
 
 
 def _learnable(source: Path) -> bytes:

@@ -156,6 +156,8 @@ def load(folder: DataFolder, wanted: ImageFormat, use: FieldUse | None = None) -
         training, testing = _with_photographs(folder, every)
         return Split(training, testing)
     every.append(decoded.decode(folder, approved, FIELD, wanted))
+    for path, why in every[-1].skipped:
+        log.warning("%s %s: skipped", path, why)
     return _with_field(folder, _with_photographs(folder, every), use)
 
 

@@ -37,11 +37,13 @@ log = logging.getLogger(__name__)
 FILE = "verdicts.sqlite"
 VERSION = 1  # of the schema
 ANSWER_WITHIN = 0.25  # seconds that a caller of `add` waits for the disk
+ROOM_WITHIN = 5.0  # seconds that it waits for room in memory while the disk is only busy
 LOCKED = 1.0  # seconds that a write waits for another process
 AGAIN = 0.5  # seconds between two tries
 MOST_WAITING, MOST_WAITING_BYTES = 2_000, 64_000_000  # verdicts in memory
 BATCH = 64  # verdicts in a transaction
 PRUNED = 200  # rows that are deleted after a batch, at most
+NEWEST = 5  # images that are kept in any case, as a page may show them now
 THUMBNAIL, QUALITY = 96, 80  # pixels of the longer side; of JPEGs, of 100
 LONGEST_NAME, LONGEST_REASON = 200, 500  # characters
 
@@ -65,7 +67,7 @@ CREATE TABLE verdicts (
     waits TEXT NOT NULL,            -- why a person looks: band, unknown, error, audit or ""
     settled INTEGER NOT NULL        -- whether one has
 );
-CREATE UNIQUE INDEX once ON verdicts (path, written) WHERE path IS NOT NULL;
+CREATE UNIQUE INDEX once ON verdicts (path, written, sha256) WHERE path IS NOT NULL;
 CREATE INDEX waiting ON verdicts (id) WHERE waits != '' AND NOT settled;
 CREATE INDEX by_reason ON verdicts (waits) WHERE waits != '' AND NOT settled;
 CREATE INDEX by_time ON verdicts (at);
@@ -96,14 +98,19 @@ COLUMNS = (
     *("reason", "model", "milliseconds", "sha256", "written", "waits", "settled"),
 )
 INSERT = (
-    f"INSERT OR IGNORE INTO verdicts ({', '.join(COLUMNS)}) "
-    f"VALUES ({', '.join('?' * len(COLUMNS))})"
+    f"INSERT INTO verdicts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
+    f"ON CONFLICT (path, written, sha256) WHERE path IS NOT NULL DO NOTHING"
 )
 Waits = Literal["", "band", "unknown", "error", "audit"]
 
 
 class OtherSchema(Exception):
     """The file was written by a newer version of this project."""
+
+
+# What the disk is to blame for, and not a verdict. SQLite's other errors are subclasses of
+# DatabaseError, which itself says that the file is no database, or damaged.
+DISK = (sqlite3.OperationalError, OSError, OtherSchema)
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,10 @@ class VerdictLog:
         self.unlogged = 0
         self.trouble = ""
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None  # device and inode of the file
         self._waiting: deque[_Entry] = deque()
-        self._bytes = 0
+        self._writing = 0  # verdicts that are being written
+        self._said_lost = False
         self._changed = threading.Condition()
         self._chance = random.SystemRandom()
         threading.Thread(target=self._write_all, name="verdict log", daemon=True).start()
@@ -181,24 +190,46 @@ class VerdictLog:
     def add(self, judged: Sequence["Judged"], origins: Sequence[Origin]) -> list[int | None]:
         """Log verdicts; return the id of each, None for one that is not on the disk yet.
 
-        None is also returned for a watched file that was logged before.
+        None is also returned for a watched file that was logged before, or is older than what the
+        log keeps.
         """
-        entries = [self._entry(one, origin) for one, origin in zip(judged, origins, strict=True)]
-        with self._changed:
-            for entry in entries:
+        entries = [
+            self._entry(one, origin)
+            for one, origin in zip(judged, origins, strict=True)
+            if not self._too_old(origin)
+        ]
+        for entry in entries:
+            with self._changed:
+                # A busy disk is waited for, a broken one is not.
+                self._changed.wait_for(self._has_room, ROOM_WITHIN)
                 self._waiting.append(entry)
-                self._bytes += len(entry.content)
-            self._drop_surplus()
-            self._changed.notify_all()
+                if self.trouble:
+                    self._drop_surplus()
+                self._changed.notify_all()
         deadline = time.monotonic() + (0 if self.trouble else ANSWER_WITHIN)
         for entry in entries:
             entry.done.wait(max(0, deadline - time.monotonic()))
-        return [entry.id for entry in entries]
+        ids = iter([entry.id for entry in entries])
+        return [None if self._too_old(origin) else next(ids) for origin in origins]
 
-    def flush(self, seconds: float) -> bool:
-        """Wait until all is written, for some seconds at most; return whether that is so."""
+    def flush(self, seconds: float) -> int:
+        """Wait until all is written, for some seconds at most; return how many are not."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._bytes, seconds)
+            self._changed.wait_for(lambda: not self.waiting(), seconds)
+            return self.waiting()
+
+    def waiting(self) -> int:
+        """Return how many verdicts are not on the disk yet."""
+        return len(self._waiting) + self._writing
+
+    def _has_room(self) -> bool:
+        held = sum(len(entry.content) for entry in self._waiting)
+        return bool(self.trouble) or not self._waiting or held < MOST_WAITING_BYTES
+
+    def _too_old(self, origin: Origin) -> bool:
+        """Return whether a watched file is older than what is kept: a watch begun anew meets it."""
+        oldest = time.time() - self.rules.keep.days * 86_400
+        return origin.written is not None and origin.written / 1e9 < oldest
 
     def _entry(self, judged: "Judged", origin: Origin) -> _Entry:
         content, name, verdict = judged.content, judged.name, judged.verdict
@@ -213,8 +244,14 @@ class VerdictLog:
             *(time.time(), origin.source, printable(name, LONGEST_NAME), _text(origin.path)),
             *(self.rules.part_of(name), verdict.verdict, verdict.probability),
             *(judged.model.classifier.point.threshold, verdict.review),
-            *(printable(verdict.reason, LONGEST_REASON), judged.model.name),
-            *(judged.milliseconds, hashlib.sha256(content).hexdigest(), origin.written, waits, 0),
+            *(printable(verdict.reason, LONGEST_REASON), printable(judged.model.name)),
+            *(
+                judged.milliseconds,
+                hashlib.sha256(content).hexdigest(),
+                _integer(origin.written),
+                waits,
+                0,
+            ),
         )
         takes = judged.model.classifier.takes
         return _Entry(
@@ -226,37 +263,66 @@ class VerdictLog:
         )
 
     def _drop_surplus(self) -> None:
-        """Forget the oldest verdicts if too many wait for the disk."""
-        dropped = 0
-        while len(self._waiting) > MOST_WAITING or self._bytes > MOST_WAITING_BYTES:
-            entry = self._waiting.popleft()
-            self._bytes -= len(entry.content)
-            entry.done.set()
-            dropped += 1
-        if dropped and not self.unlogged:
-            log.warning("Verdicts are lost for the log: %s", self.trouble or "they come too fast")
-        self.unlogged += dropped
+        """Forget images of the oldest verdicts, then verdicts, if too many wait for the disk."""
+        held = sum(len(entry.content) for entry in self._waiting)
+        for entry in self._waiting:
+            if held <= MOST_WAITING_BYTES:
+                break
+            held -= len(entry.content)
+            entry.content = b""
+        while len(self._waiting) > MOST_WAITING:
+            self._lose(self._waiting.popleft())
+
+    def _lose(self, entry: _Entry) -> None:
+        entry.done.set()
+        self.unlogged += 1
+        if not self._said_lost:
+            log.warning("Verdicts are lost for the log: %s", self.trouble)
+        self._said_lost = True
 
     def _write_all(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+                self._writing = len(batch)
             try:
                 self._write(batch)
-            except (sqlite3.Error, OSError, OtherSchema) as error:
+                left: list[_Entry] = []
+            except DISK as error:
                 self._say_trouble(error)
-                with self._changed:
-                    self._waiting.extendleft(reversed(batch))
-                    self._drop_surplus()
-                time.sleep(AGAIN)
-                continue
-            self._say_recovered()
+                left = batch
+            except Exception as error:  # one that cannot be written must not stop the others
+                log.exception("A verdict cannot be logged")
+                left = self._one_by_one(batch, error)
             with self._changed:
-                for entry in batch:
-                    self._bytes -= len(entry.content)
+                self._waiting.extendleft(reversed(left))
+                self._writing = 0
+                if left:
+                    self._drop_surplus()
+                else:
+                    self._say_recovered()
+                for entry in batch if not left else ():
                     entry.done.set()
                 self._changed.notify_all()
+            if left:
+                time.sleep(AGAIN)
+
+    def _one_by_one(self, batch: list[_Entry], error: Exception) -> list[_Entry]:
+        """Write the verdicts of a batch singly, without those that fail; return what is left."""
+        if len(batch) == 1:
+            self.trouble = self.trouble or repr(error)
+            self._lose(batch[0])
+            return []
+        for place, entry in enumerate(batch):
+            try:
+                self._write([entry])
+                entry.done.set()
+            except DISK:
+                return batch[place:]
+            except Exception as again:
+                self._one_by_one([entry], again)
+        return []
 
     def _say_trouble(self, error: Exception) -> None:
         if self._connection is not None:
@@ -265,17 +331,33 @@ class VerdictLog:
             self._connection = None
         if not self.trouble:
             log.warning("%s: cannot be written (%s). Verdicts go on", self.file, error)
-        self.trouble = str(error) or type(error).__name__
+        strerror = error.strerror if isinstance(error, OSError) else None
+        self.trouble = strerror or str(error) or type(error).__name__
 
     def _say_recovered(self) -> None:
         if self.trouble:
             log.warning("%s can be written again; %d verdicts lost", self.file, self.unlogged)
-        self.trouble = ""
+        self.trouble, self._said_lost = "", False
 
     def _write(self, batch: list[_Entry]) -> None:
-        """Write a batch in one transaction."""
-        if self._connection is None:
+        """Write a batch in one transaction.
+
+        Raises:
+            DISK: it cannot be written now.
+        """
+        try:
+            self._write_now(batch)
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:  # damaged, or no database
+                raise OSError(0, str(error)) from error
+            raise
+
+    def _write_now(self, batch: list[_Entry]) -> None:
+        if self._connection is None or self._opened != identity(self.file):
+            if self._connection is not None:  # the file was deleted or replaced
+                self._connection.close()
             self._connection = connect(self.file)
+            self._opened = identity(self.file)
         connection = self._connection
         ids: list[int | None] = []
         with _transaction(connection):
@@ -323,8 +405,15 @@ class VerdictLog:
             if connection.execute("SELECT bytes FROM kept").fetchone()[0] <= keep.megabytes * 1e6:
                 break
             connection.execute(
-                "DELETE FROM images WHERE id = (SELECT id FROM images ORDER BY wanted, id LIMIT 1)"
+                "DELETE FROM images WHERE id = (SELECT id FROM images WHERE id <= ? "
+                "ORDER BY wanted, id LIMIT 1)",
+                (newest - NEWEST,),
             )
+
+
+def _integer(nanoseconds: int | None) -> int | None:
+    """Return a time that SQLite can hold; a file may say that it is from the year 2300."""
+    return None if nanoseconds is None else max(-(2**63), min(nanoseconds, 2**63 - 1))
 
 
 def _text(path: str | None) -> str | None:
@@ -367,17 +456,18 @@ def _transaction(connection: sqlite3.Connection):  # type: ignore[no-untyped-def
     connection.execute("COMMIT")
 
 
-def connect(file: Path, seconds: float = LOCKED) -> sqlite3.Connection:
+def connect(file: Path, seconds: float | None = None) -> sqlite3.Connection:
     """Open the file for writing; make it if it is not there.
 
     Args:
         file: of the log.
-        seconds: that a write waits for another process.
+        seconds: that a write waits for another process; None for `LOCKED`.
 
     Raises:
         sqlite3.Error, OSError: it cannot be opened or made.
         OtherSchema: a newer version of this project wrote it.
     """
+    seconds = LOCKED if seconds is None else seconds
     file.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(
         file, timeout=seconds, isolation_level=None, check_same_thread=False
@@ -394,6 +484,15 @@ def connect(file: Path, seconds: float = LOCKED) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def identity(file: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file, None if it is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _use_wal(connection: sqlite3.Connection, seconds: float) -> None:
