@@ -17,6 +17,7 @@ machine only. OPERATOR_TOKEN may judge and label, VIEW_TOKEN look.
 
 import argparse
 import gc
+import logging
 import os
 import re
 import sys
@@ -31,7 +32,7 @@ from defect_detection import PipelineError, cli, settings  # noqa: E402
 from defect_detection.dataset.inbox import Inbox  # noqa: E402
 from defect_detection.inference.production import Production  # noqa: E402
 from defect_detection.inference.verdict_log import Rules, VerdictLog  # noqa: E402
-from defect_detection.service import health, locks, logs, server  # noqa: E402
+from defect_detection.service import health, locks, logs, memory, server  # noqa: E402
 from defect_detection.service.access import Access, Role, secret_in  # noqa: E402
 from defect_detection.service.app import create_app  # noqa: E402
 from defect_detection.service.backend import Backend  # noqa: E402
@@ -43,6 +44,9 @@ from defect_detection.service.store_desk import StoreDesk  # noqa: E402
 from defect_detection.service.verdicts import Verdicts  # noqa: E402
 from defect_detection.settings import RetrainConfig  # noqa: E402
 
+log = logging.getLogger("api")
+
+LOG_WITHIN = 2  # seconds, at the end
 FIRST_LOOK = 2.5  # seconds to wait at most for the first look at the store
 
 
@@ -51,6 +55,7 @@ def main() -> None:
     env = settings.environment()
     options = arguments(env)
     logs.set_up(options.log)
+    memory.give_back()
     if options.pid_file:
         hold(options.pid_file)
     configured = settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
@@ -68,7 +73,7 @@ def main() -> None:
     inbox = Inbox(settings.from_root(env.get("DATA_PATH", configured.paths.data_path)))
     line = config.line
     backend = Backend(
-        access=Access(tokens(env), secret_in(folder)),
+        access=Access(tokens(env), secret_in(folder), line.shifts),
         jobs=Jobs(settings.from_root(options.jobs), command, ROOT, options.time_limit, environment),
         store=store,
         serving=serving,
@@ -85,7 +90,11 @@ def main() -> None:
     app = create_app(backend)
     served = server.create(app, options.host, options.port)
     gc.freeze()  # else each search for garbage looks through all of MLflow: a fifth of a second
-    served.run()
+    try:
+        served.run()
+    finally:
+        if left := backend.log.flush(LOG_WITHIN):
+            log.warning("%d verdicts are not in the log: %s", left, backend.log.trouble)
 
 
 def tokens(env: Mapping[str, str]) -> dict[Role, str]:

@@ -43,7 +43,7 @@ def backend(
     rules = rules or Rules(line.part_id, 0.0, line.keep)
     inbox = Inbox(folder / "data")
     return Backend(
-        access=Access(tokens or {}, "0123456789abcdef" * 4),
+        access=Access(tokens or {}, "0123456789abcdef" * 4, line.shifts),
         jobs=Jobs(folder / "jobs", [sys.executable, "-c", "pass"], folder, 60, os.environ),
         store=store,
         serving=serving,

@@ -169,7 +169,7 @@ def test_folder_without_train_and_test_takes_them_too(tmp_path):
     data = draw_folders(tmp_path / "drawn", train=12, test=1)
     flat = tmp_path / "flat"
     shutil.copytree(data / "train", flat)
-    approve(flat, 10)
+    approve(flat, 10, seed=9)
     loaded = split.load(DataFolder(flat, tmp_path / "cache"), TAKES, LEARN)
     assert loaded.field is not None
     assert any(path.startswith("field/") for path in loaded.training.paths)

@@ -271,7 +271,7 @@ last = 0
 while True:
     found = verdicts.newest(20)
     assert [one.id for one in found] == sorted((one.id for one in found), reverse=True)
-    assert all(verdicts.view(one.id).content for one in found[:2])
+    assert all(verdicts.content(one.id) for one in found[:2])
     last = max(last, found[0].id if found else 0)
     print(last, flush=True)
 """

@@ -351,17 +351,36 @@ def order_for_decision(labels: list[Label], photograph: Callable[[Label], str]) 
     """
     waiting = [one for one in labels if one.state == "waiting"]
     counts = Counter(photograph(one) for one in waiting)
-    answers: dict[str, set[str]] = {}
-    for one in labels:
-        if one.state != "rejected":
-            answers.setdefault(photograph(one), set()).add(one.label)
+    against = contradictions(labels, photograph)
 
     def rank(label: Label) -> tuple[bool, bool, bool, str, str]:
         photo = photograph(label)
-        contradicted = len(answers[photo] & set(CLASSES)) > 1
-        return not contradicted, not label.corrects, counts[photo] < 2, photo, label.at
+        return label.id not in against, not label.corrects, counts[photo] < 2, photo, label.at
 
     return sorted(waiting, key=rank)
+
+
+def contradictions(
+    labels: list[Label], photograph: Callable[[Label], str]
+) -> dict[str, list[Label]]:
+    """Return, by the id of a label, those of the same photograph that say another class.
+
+    Args:
+        labels: all labels; rejected ones do not count.
+        photograph: names the photograph that a label's image comes from.
+    """
+    together: dict[str, list[Label]] = {}
+    for one in labels:
+        if one.state != "rejected":
+            together.setdefault(photograph(one), []).append(one)
+    found = {}
+    for same in together.values():
+        for one in same:
+            said = one.approved_as or one.label
+            others = [o for o in same if {said, o.approved_as or o.label} == set(CLASSES)]
+            if others:
+                found[one.id] = others
+    return found
 
 
 def same_image(one: Label, other: Label) -> bool:

@@ -92,4 +92,6 @@ class Champions:
             acc = judged.scores.accuracy
             versions.update(version, acc, tags, f"{judged.summary()} Scored again.")
             tell.scored_again(version, acc)
+        elif judged.field and version.tags.get("field_digest") != judged.field.data.digest:
+            versions.set_tags(version, judged.field.tags())
         return True

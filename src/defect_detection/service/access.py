@@ -13,10 +13,10 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +25,18 @@ from urllib.parse import urlsplit
 from flask import Flask, abort, current_app, g, request, session
 from flask_wtf import CSRFProtect  # type: ignore[import-untyped]
 
+from defect_detection import PipelineError
 from defect_detection.names import printable
+from defect_detection.service import shifts
 
 log = logging.getLogger("api")
 
 READING = ("GET", "HEAD", "OPTIONS")
 LONGEST_PROGRAM = 80  # characters of the header User-Agent that are kept
 LONGEST_NAME = 40  # characters of a person's name
-SHIFT = timedelta(hours=12)  # after which a person signs in again
+LONGEST_SHIFT = timedelta(hours=25)  # of cookies, which end with the shift that they say
+LATE = timedelta(minutes=30)  # before the end of a shift, a sign-in counts for the next one
+LARGEST_BODY = 16 * 1024  # bytes, but for images
 MOST_WRONG, WRONG_WITHIN = 10, 60  # wrong tokens from one address, in so many seconds
 SECRET = "secret"  # the file of the key of sign-ins
 SIGN_IN = "pages.signed_in"  # the endpoint that makes a cookie
@@ -66,6 +70,7 @@ class Caller:
         described: name, address, right and program, for records.
         signed_in: whether a cookie says so.
         why_not_more: why the role is not higher.
+        by_token: whether the call bears a token.
     """
 
     role: Role
@@ -73,15 +78,29 @@ class Caller:
     described: str
     signed_in: bool
     why_not_more: str
+    by_token: bool = False
 
 
 class Access:
     """The tokens, and who bears them."""
 
-    def __init__(self, tokens: dict[Role, str], secret: str):
-        """Know the tokens of roles, as far as they are set, and the key of sign-ins."""
+    def __init__(self, tokens: dict[Role, str], secret: str, shifts: Sequence[str] = ("00:00",)):
+        """Know who may do what.
+
+        Args:
+            tokens: of roles, as far as they are set.
+            secret: the key of sign-ins.
+            shifts: when shifts begin, in local time; a sign-in ends with the shift.
+
+        Raises:
+            PipelineError: two roles have the same token, so one would have the rights of the other.
+        """
         self._tokens = {role: token for role, token in tokens.items() if token}
-        self.secret = secret
+        if len(set(self._tokens.values())) < len(self._tokens):
+            names = ", ".join(TOKENS[role] for role in self._tokens)
+            raise PipelineError(f"Two of {names} are the same. Give each a value of its own")
+        self.secret, self._shifts = secret, shifts
+        self._right: set[str] = set()  # proofs of tokens that were right
         self._wrong: dict[str, deque[float]] = {}
 
     def attach(self, app: Flask) -> None:
@@ -92,7 +111,7 @@ class Access:
             SESSION_COOKIE_HTTPONLY=True,
             SESSION_COOKIE_SAMESITE="Strict",
             SESSION_REFRESH_EACH_REQUEST=False,
-            PERMANENT_SESSION_LIFETIME=SHIFT,
+            PERMANENT_SESSION_LIFETIME=LONGEST_SHIFT,
             WTF_CSRF_CHECK_DEFAULT=False,  # calls with a token need none; see `guard`
             WTF_CSRF_TIME_LIMIT=None,  # as long as the cookie
         )
@@ -104,16 +123,20 @@ class Access:
         view = current_app.view_functions.get(request.endpoint or "")
         reads = request.method in READING
         needed = getattr(view, "needs", Role.VIEWER if reads else Role.ENGINEER)
-        g.caller = caller = self._caller()
-        if view is None or caller.role >= needed:
+        if view is None:
+            needed = Role.NOBODY
+        request.max_content_length = getattr(view, "largest_body", LARGEST_BODY)
+        g.caller = caller = self._caller(needed)
+        if caller.role >= needed:
             if not reads and (caller.signed_in or request.endpoint == SIGN_IN):
                 csrf.protect()
             return
-        if caller.role == Role.NOBODY and self.has(Role.VIEWER) and needed == Role.VIEWER:
-            abort(401, "This API shows nothing without a token: sign in, or send VIEW_TOKEN")
-        if caller.signed_in:
-            abort(403, f"This is for an {needed}; you signed in as {_with_article(caller.role)}")
-        abort(401 if self.has(Role.ENGINEER) else 403, caller.why_not_more)
+        if caller.signed_in or caller.by_token:
+            abort(403, f"This is for {_with_article(needed)}; you are {_with_article(caller.role)}")
+        known = [TOKENS[role] for role in sorted(self._tokens) if role >= needed]
+        if not known:
+            abort(403, caller.why_not_more)
+        abort(401, f"Sign in, or send 'Authorization: Bearer <token>' with {' or '.join(known)}")
 
     def has(self, role: Role) -> bool:
         """Return whether a role has a token."""
@@ -127,55 +150,67 @@ class Access:
         shown = printable(" ".join(name.split()), LONGEST_NAME)
         if not shown:
             abort(400, "Enter your name: it stands beside what you decide")
-        role = self._role_of(token) if token else self._by_machine()[0]
+        role, why = self._by_machine()
+        if token and self._tokens:
+            role = self._role_of(token)
         if role == Role.NOBODY:
-            abort(401, "Enter the token that your engineer gave you")
+            abort(401, why)
         session.clear()
         session.permanent = True
         session["name"] = shown
-        session["proof"] = self._proof(token) if token else ""
+        session["proof"] = self._proof(token) if token and self._tokens else ""
+        session["until"] = self._end_of_shift()
         return role
 
-    def _caller(self) -> Caller:
-        header = request.headers.get("Authorization")
-        if header is not None:
-            given = header.removeprefix("Bearer ") if header.startswith("Bearer ") else ""
-            return Caller(self._role_of(given), "", _described("token"), False, _NEEDS_TOKEN)
+    def why_token(self) -> str:
+        """Return why the current caller must enter a token to sign in, "" if it need not."""
+        return self._by_machine()[1]
+
+    def _caller(self, needed: Role) -> Caller:
+        """Return who makes the current call, which needs a role."""
         role, why = self._by_machine()
+        anyone = Role.NOBODY if self.has(Role.VIEWER) else Role.VIEWER
+        header = request.headers.get("Authorization", "")
+        # A token is looked at only where it matters, and other kinds of headers are a proxy's.
+        if header.startswith("Bearer ") and self._tokens and needed > anyone:
+            by_token = self._role_of(header.removeprefix("Bearer "))
+            return Caller(by_token, "", _described("token"), False, why, by_token=True)
         name = str(session.get("name", ""))
-        if name:
+        if name and float(session.get("until", 0)) > time.time():
             proof = str(session.get("proof", ""))
             if proof:  # of a token; a token that was changed since proves nothing
                 role = self._proven(proof)
             if role > Role.NOBODY:
                 return Caller(role, name, f"{name}, {_described('sign-in')}", True, why)
-        if not self.has(Role.VIEWER):
-            role = max(role, Role.VIEWER)
-        return Caller(role, "", _described("this machine"), False, why)
+        return Caller(max(role, anyone), "", _described("this machine"), False, why)
 
     def _by_machine(self) -> tuple[Role, str]:
         """Return the role of a caller without a token, and why it is no higher."""
         if self.has(Role.ENGINEER):
-            return Role.NOBODY, _NEEDS_TOKEN
+            return Role.NOBODY, "Enter the token that your engineer gave you"
         why = _why_not_local()
         return (Role.NOBODY, why) if why else (Role.ENGINEER, "")
 
+    def _end_of_shift(self) -> float:
+        """Return when a sign-in ends, in seconds since 1970; a late one counts for the next."""
+        now = datetime.now().astimezone()
+        return shifts.next_after(self._shifts, now + LATE).timestamp()
+
     def _role_of(self, token: str) -> Role:
-        """Return the role of a token; end the call if it is wrong."""
-        address = request.remote_addr or ""
+        """Return the role of a token; end the call if it is wrong.
+
+        Many wrong ones from an address are not even looked at, but those that were right before
+        are: behind a proxy, all callers have one address.
+        """
+        address, given = request.remote_addr or "", self._proof(token)
         recent = self._wrong.setdefault(address, deque(maxlen=MOST_WRONG))
         now = time.monotonic()
-        if len(recent) == MOST_WRONG and now - recent[0] < WRONG_WITHIN:
+        blocked = len(recent) == MOST_WRONG and now - recent[0] < WRONG_WITHIN
+        if blocked and given not in self._right:
             abort(429, "Too many wrong tokens from this address. Wait a minute")
-        for role, known in self._tokens.items():
-            if hmac.compare_digest(token.encode(), known.encode()):
-                self._wrong.pop(address, None)
-                return role
-        if not self.has(Role.ENGINEER) and not self._tokens:
-            self._wrong.pop(address, None)
-            role, why = self._by_machine()
-            if why:
-                abort(403, why)
+        role = self._proven(given)
+        if role > Role.NOBODY:
+            self._right.add(given)
             return role
         recent.append(now)
         if len(self._wrong) > 10_000:
@@ -192,9 +227,6 @@ class Access:
         return Role.NOBODY
 
 
-_NEEDS_TOKEN = "This call needs 'Authorization: Bearer <token>' with the API's token"
-
-
 def needs(role: Role) -> Callable[[View], View]:
     """Mark a view with the role that its callers need.
 
@@ -203,6 +235,16 @@ def needs(role: Role) -> Callable[[View], View]:
 
     def mark(view: View) -> View:
         view.needs = role  # type: ignore[attr-defined]
+        return view
+
+    return mark
+
+
+def takes(largest: int) -> Callable[[View], View]:
+    """Mark a view with the largest body that it takes, in bytes."""
+
+    def mark(view: View) -> View:
+        view.largest_body = largest  # type: ignore[attr-defined]
         return view
 
     return mark

@@ -4,6 +4,7 @@ import logging
 
 from flask import Flask, Response, jsonify, request
 from flask_openapi3 import Info, OpenAPI
+from flask_wtf.csrf import CSRFError  # type: ignore[import-untyped]
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
@@ -28,7 +29,6 @@ from defect_detection.service.backend import Backend
 
 log = logging.getLogger("api")
 
-LARGEST_BODY = 16 * 1024  # bytes, but for images
 LONGEST_ECHO = 60  # characters of a wrong value that are repeated
 VERSION = "2"  # of the API
 
@@ -43,7 +43,6 @@ def create_app(backend: Backend) -> Flask:
         validation_error_callback=_refuse_value,
         static_folder=None,
     )
-    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
     app.json.sort_keys = False  # type: ignore[attr-defined]  # of Flask's default provider
     backend.access.attach(app)
     monitoring.attach(app, backend)
@@ -77,6 +76,9 @@ def _refuse_value(error: ValidationError) -> Response:
 
 def _refuse(error: HTTPException) -> Response:
     """Answer with an error's reason, as a page or as JSON."""
+    if isinstance(error, CSRFError):
+        told = "This page is older than your sign-in, or not of this site. Load it again"
+        return pages.refusal(400, f"{told} ({error.description})")
     if error.response is not None:
         return error.response  # type: ignore[return-value]
     answer = pages.refusal(error.code or 500, error.description or "")

@@ -1,6 +1,7 @@
 """The images of verdicts, as pages show them: always JPEG or PNG of our own making."""
 
 import io
+import threading
 
 from flask import Blueprint, Response, abort
 from PIL import Image
@@ -13,16 +14,19 @@ from defect_detection.service.backend import Backend
 from defect_detection.service.pages import FOREVER
 from defect_detection.service.verdicts import View
 
-SIDE = 720  # pixels of the longer side
+SIDE, EVIDENCE_SIDE = 720, 360  # pixels of the longer side
+MOST_AT_ONCE = 2  # images that are decoded for pages; one of 100 megapixels takes 400 MB
 
 
 def blueprint(backend: Backend) -> Blueprint:
     """Return the calls under /verdicts."""
     calls = Blueprint("images", __name__)
+    cores = threading.BoundedSemaphore(MOST_AT_ONCE)
 
     @calls.get("/verdicts/<int:number>/image")
     def image(number: int) -> Response:
-        return cached(_image(_view(backend, number)), "image/jpeg")
+        with cores:
+            return cached(_image(backend, number), "image/jpeg")
 
     @calls.get("/verdicts/<int:number>/thumbnail")
     def thumbnail(number: int) -> Response:
@@ -34,7 +38,9 @@ def blueprint(backend: Backend) -> Blueprint:
         view = _view(backend, number)
         if view.levels is None:
             abort(404, "There is no evidence for an image that cannot be decoded")
-        drawn = heatmap.overlay(view.levels, _size(_image(view)), view.aspect)
+        if view.thumbnail is None:
+            abort(404, "The image cannot be decoded")
+        drawn = heatmap.overlay(view.levels, _size(view.thumbnail), view.aspect)
         made = io.BytesIO()
         drawn.save(made, "PNG", compress_level=1)
         return cached(made.getvalue(), "image/png")
@@ -49,11 +55,12 @@ def _view(backend: Backend, number: int) -> View:
         abort(404, f"There is no verdict {number} in the log any more")
 
 
-def _image(view: View) -> bytes:
+def _image(backend: Backend, number: int) -> bytes:
     """Return an image as it is shown: a JPEG of our own making, never what was sent."""
-    if view.content is not None:
+    view, content = _view(backend, number), backend.verdicts.content(number)
+    if content is not None:
         try:
-            return jpeg_within(view.content, SIDE, 3, MOST_PIXELS)
+            return jpeg_within(content, SIDE, 3, MOST_PIXELS)
         except UnreadableImage as error:
             abort(404, f"The image {error}")
     if view.thumbnail is None:
@@ -61,10 +68,11 @@ def _image(view: View) -> bytes:
     return view.thumbnail
 
 
-def _size(jpeg: bytes) -> tuple[int, int]:
-    """Return height and width."""
-    with Image.open(io.BytesIO(jpeg)) as opened:
-        return opened.height, opened.width
+def _size(thumbnail: bytes) -> tuple[int, int]:
+    """Return height and width of the evidence over an image of a thumbnail's shape."""
+    with Image.open(io.BytesIO(thumbnail)) as opened:
+        scale = EVIDENCE_SIDE / max(opened.size)
+        return round(opened.height * scale), round(opened.width * scale)
 
 
 def cached(content: bytes, kind: str) -> Response:

@@ -41,7 +41,8 @@ def blueprint(backend: Backend) -> Blueprint:
             overrides = settings.parse_json(_as_json(given), RetrainOverrides, "The form")
         except PipelineError as error:
             abort(400, str(error))
-        job = retraining.begin(jobs, backend.changes, overrides)
+        running = jobs.running()  # as after a double click
+        job = running or retraining.begin(jobs, backend.changes, overrides)
         return redirect(url_for("job_pages.page", job=job.id))
 
     @calls.post("/jobs/<job_id>/cancel")
@@ -55,14 +56,13 @@ def blueprint(backend: Backend) -> Blueprint:
 
 def _as_json(given: dict[str, str]) -> str:
     """Return a form's numbers as JSON; what is no number stays a text, which is then refused."""
-
-    def number(text: str) -> object:
+    numbers: dict[str, object] = {}
+    for name, text in given.items():
         try:
-            return json.loads(text)
+            numbers[name] = int(text) if text.isdecimal() else float(text)
         except ValueError:
-            return text
-
-    return json.dumps({name: number(text) for name, text in given.items()})
+            numbers[name] = text
+    return json.dumps(numbers)
 
 
 def _find(backend: Backend, job_id: str | None) -> Job | None:

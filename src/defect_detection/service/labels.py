@@ -5,7 +5,7 @@ from collections import Counter
 from flask import Blueprint, Response, abort, g, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as AnyResponse
 
-from defect_detection.dataset.inbox import Label, Refused, order_for_decision
+from defect_detection.dataset.inbox import Label, Refused, contradictions, order_for_decision
 from defect_detection.inference.verdict_log import jpeg_within
 from defect_detection.runtime.decision import CLASSES
 from defect_detection.runtime.opening import MOST_PIXELS
@@ -46,14 +46,21 @@ def blueprint(backend: Backend) -> Blueprint:
     @needs(Role.ENGINEER)
     def decide() -> AnyResponse:
         decision, chosen = request.form.get("decision", ""), request.form.getlist("label")
+        if ":" in decision:  # the button beside a label
+            label_id, decision = decision.split(":", 1)
+            chosen = [label_id]
         if not chosen:
             abort(400, "Choose at least one label")
-        # A button beside one label says both.
         if decision not in DECISIONS:
             abort(400, f"decision is {decision[:20]!r}, expected one of: {', '.join(DECISIONS)}")
-        refused = [why for one in chosen if (why := _decide(backend, one, decision))]
+        parts = {one.id: one.part for one in inbox.labels()}
+        refused = {one: why for one in chosen if (why := _decide(backend, one, decision))}
         if refused:
-            raise Refused("; ".join(refused))
+            told = [f"part {parts.get(one) or one}: {why}" for one, why in refused.items()]
+            raise Refused(
+                f"{len(chosen) - len(refused)} of {len(chosen)} are decided; not "
+                f"{'; not '.join(told)}"
+            )
         return redirect(url_for("labels.page"))
 
     return calls
@@ -69,6 +76,7 @@ def _page(backend: Backend) -> str:
         shown=waiting[:SHOWN],
         waiting=len(waiting),
         several={one.id for one in waiting if counts[photographs[one.content]] > 1},
+        against=contradictions(labels, lambda one: photographs[one.content]),
         photographs=photographs,
         comparing=backend.photographs.comparing,
         decided=[one for one in reversed(labels) if one.state != "waiting"][:SHOWN],

@@ -6,12 +6,13 @@ from datetime import datetime
 
 from flask import Blueprint, Response, jsonify, render_template
 
-from defect_detection.evaluation.metrics import Rate
 from defect_detection.service.backend import Backend
+from defect_detection.service.sampled import sampled_now
 from defect_detection.service.verdicts import Logged
 
 STRIP = 20  # verdicts that are shown
 WORDS = {"defect": "Defect", "ok": "OK", "unknown": "Unknown", "error": "Unreadable"}
+WORST_FIRST = ("defect", "review", "error", "unknown", "ok")  # of the images of a part
 REASONS = {
     "band": "near the threshold",
     "unknown": "unlike the images of training",
@@ -38,12 +39,14 @@ class State:
         silent: seconds without an image, if that is too long; else None.
         lights: images, model, store, log.
         waiting: how many images wait for a person.
+        stopped: why what is shown is not what the camera sees, "" if it is.
     """
 
     last: int
     silent: int | None
     lights: list[Light]
     waiting: int
+    stopped: str
 
 
 def blueprint(backend: Backend) -> Blueprint:
@@ -56,10 +59,11 @@ def blueprint(backend: Backend) -> Blueprint:
         return render_template(
             "line_live.html",
             strip=strip,
-            newest=strip[0] if strip else None,
+            newest=of_newest_part(strip),
             shift=verdicts.shift(datetime.now().astimezone()),
-            escapes=escape_rate(backend),
+            escapes=sampled_now(backend).rate,
             state=state(backend, strip[0] if strip else None),
+            word=word,
             words=WORDS,
             reasons=REASONS,
         )
@@ -77,9 +81,36 @@ def blueprint(backend: Backend) -> Blueprint:
         newest = next(iter(verdicts.newest(1)), None)
         found = state(backend, newest)
         lights = [f"{one.good} {one.says}" for one in found.lights]
-        return jsonify(last=found.last, silent=found.silent, lights=lights, waiting=found.waiting)
+        return jsonify(
+            last=found.last,
+            silent=found.silent,
+            lights=lights,
+            waiting=found.waiting,
+            stopped=found.stopped,
+            shift=verdicts.shift_began(),
+        )
 
     return calls
+
+
+def of_newest_part(strip: list[Logged]) -> Logged | None:
+    """Return the worst of the last verdicts on the part that came last, None without verdicts."""
+    if not strip:
+        return None
+    part = strip[0].part
+    same = [one for one in strip if part and one.part == part]
+    return min(same, key=lambda one: WORST_FIRST.index(kind(one))) if same else strip[0]
+
+
+def kind(verdict: Logged) -> str:
+    """Return the verdict, or "review" if a person decides between defect and ok."""
+    near = verdict.review and verdict.verdict in ("defect", "ok")
+    return "review" if near else verdict.verdict
+
+
+def word(verdict: Logged) -> str:
+    """Return what an operator reads from afar."""
+    return "Check" if kind(verdict) == "review" else WORDS[verdict.verdict]
 
 
 def state(backend: Backend, newest: Logged | None) -> State:
@@ -94,22 +125,19 @@ def state(backend: Backend, newest: Logged | None) -> State:
         Light("Model", model is not None and not trouble, trouble or (model.name if model else "")),
         Light("Store", store.reachable, "answers" if store.reachable else "does not answer"),
     ]
+    lost += backend.log.waiting() if backend.log.trouble else 0
     if backend.log.trouble or lost:
         says = backend.log.trouble or "can be written again"
         lights.append(Light("Log", False, f"{says}; {lost} verdicts are not in it"))
+    if labels := sampled_now(backend).trouble:
+        lights.append(Light("Labels", False, labels))
     seconds = int(since) if since is not None and silent else None
     waiting = backend.verdicts.backlog().total()
-    return State(newest.id if newest else 0, seconds, lights, waiting)
-
-
-def escape_rate(backend: Backend) -> Rate:
-    """Return the defects among the parts that pass, by the random sample that people judged."""
-    model = backend.serving.model
-    found = backend.inbox.sample(model.name if model else None)
-    return Rate(found.defects, found.of)
+    stopped = f"Verdicts are not logged: {backend.log.trouble}" if backend.log.trouble else ""
+    return State(newest.id if newest else 0, seconds, lights, waiting, stopped)
 
 
 def _arriving(since: float | None, silent: bool) -> str:
     if since is None:
         return "none yet"
-    return f"none for {since:.0f} s" if silent else "arrive"
+    return "none arrive" if silent else "arrive"

@@ -13,11 +13,13 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from defect_detection import PipelineError, StoreError
 from defect_detection.evaluation import report
+from defect_detection.evaluation.metrics import Rate
 from defect_detection.registry import promotion, versions
 from defect_detection.registry.promotion import Change, Recorded
 from defect_detection.registry.versions import EVALUATED_BY, Version
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
+from defect_detection.service.sampled import sampled
 
 CHANGE_WITHIN, REPORT_WITHIN = 60, 20  # seconds, for the store
 SHOWN = 50  # versions, changes
@@ -63,7 +65,7 @@ def blueprint(backend: Backend) -> Blueprint:
             registry=found,
             trouble=trouble,
             serving=model.name if model else "",
-            sample=backend.inbox.sample,
+            samples=_samples(backend, found),
         )
         return page, 200 if found else 503
 
@@ -94,6 +96,13 @@ def blueprint(backend: Backend) -> Blueprint:
         return answer
 
     return calls
+
+
+def _samples(backend: Backend, found: Registry | None) -> dict[int, Rate]:
+    """Return the defects among what each version passed, by the random sample."""
+    if found is None:
+        return {}
+    return {one.number: sampled(backend, f"{one.name}/{one.number}").rate for one in found.versions}
 
 
 def _registry(name: str) -> Registry:
@@ -152,5 +161,7 @@ def _policy(page: str) -> str:
         allowed[kind] = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
     return (
         f"default-src 'none'; img-src data:; style-src {allowed['style']}; "
-        f"script-src {allowed['script']}; base-uri 'none'; frame-ancestors 'none'"
+        f"script-src {allowed['script']}; base-uri 'none'; frame-ancestors 'none'; "
+        # A page of its own, since everyone who reaches MLflow can write reports.
+        f"form-action 'none'; sandbox allow-scripts"
     )

@@ -1,5 +1,6 @@
 """GET /metrics: what Prometheus collects of the API, the line and the jobs."""
 
+import logging
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,10 @@ from prometheus_client import generate_latest as exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from defect_detection import PipelineError
 from defect_detection.service.backend import Backend
+
+log = logging.getLogger("api")
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 STATES = ("running", "succeeded", "failed", "cancelled")
@@ -58,25 +62,32 @@ class _Line(Collector):
         self._backend = backend
 
     def collect(self) -> Iterator[Metric]:
-        backend = self._backend
+        yield CounterMetricFamily(
+            "verdicts_unlogged", "Verdicts that are not in the log", self._backend.log.unlogged
+        )
+        for part in (self._verdicts, self._labels, self._model_and_job):
+            try:
+                yield from list(part())
+            except PipelineError as error:  # the others are still of use
+                log.warning("/metrics: %s", error)
+
+    def _verdicts(self) -> Iterator[Metric]:
         verdicts = CounterMetricFamily("verdicts", "Verdicts", labels=["source", "verdict"])
-        for source, verdict, count in backend.verdicts.totals():
+        for source, verdict, count in self._backend.verdicts.totals():
             verdicts.add_metric([source, verdict], count)
         yield verdicts
-        yield CounterMetricFamily(
-            "verdicts_unlogged", "Verdicts that are not in the log", backend.log.unlogged
-        )
         backlog = GaugeMetricFamily("review_backlog", "Images that wait", labels=["reason"])
-        for reason, count in backend.verdicts.backlog().items():
+        for reason, count in self._backend.verdicts.backlog().items():
             backlog.add_metric([reason], count)
         yield backlog
+
+    def _labels(self) -> Iterator[Metric]:
         overrides = CounterMetricFamily(
             "overrides", "Labels that contradict the verdict", labels=["verdict", "label"]
         )
-        for (verdict, label), count in backend.inbox.overrides().items():
+        for (verdict, label), count in self._backend.inbox.overrides().items():
             overrides.add_metric([verdict, label], count)
         yield overrides
-        yield from self._model_and_job()
 
     def _model_and_job(self) -> Iterator[Metric]:
         model = self._backend.serving.model

@@ -1,6 +1,8 @@
 """What all pages share: who is signed in, the way around, headers, and errors that read well."""
 
 import hashlib
+import logging
+import os
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +22,7 @@ from flask import (
     url_for,
 )
 from flask_wtf.csrf import generate_csrf  # type: ignore[import-untyped]
+from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as AnyResponse
 
 from defect_detection.service.access import Caller, Role, needs
@@ -39,6 +42,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 FOREVER = "private, max-age=31536000, immutable"
+log = logging.getLogger("api")
+
 NAVIGATION = (
     ("line.page", "Line"),
     ("review.page", "Review"),
@@ -71,8 +76,10 @@ def refusal(code: int, message: str) -> Response:
         answer = jsonify(status=code, message=message)
         answer.status_code = code
         return answer
-    if code == 401 and request.method == "GET":
-        return make_response(redirect(url_for("pages.sign_in", next=request.full_path)))
+    if code == 401:  # such as after the end of a shift
+        back = request.full_path if request.method == "GET" else request.referrer or ""
+        wanted = urlsplit(back)
+        return make_response(_to_sign_in(f"{wanted.path}?{wanted.query}", message))
     return make_response(render_template("error.html", code=code, message=message), code)
 
 
@@ -86,13 +93,20 @@ def require(role: Role) -> AnyResponse | None:
     """Return the way to the sign-in if the current caller's role is too low for a page."""
     if _caller().role >= role and (_caller().name or role < Role.OPERATOR):
         return None
-    return redirect(url_for("pages.sign_in", next=request.full_path))
+    return _to_sign_in(request.full_path, f"This page needs the token of an {role}")
+
+
+def _to_sign_in(wanted: str, why: str) -> AnyResponse:
+    return redirect(url_for("pages.sign_in", next=wanted.rstrip("?"), why=why), 303)
 
 
 def _caller() -> Caller:
     """Return the current caller; nobody while it is not known who calls."""
     caller: Caller = g.get("caller", Caller(Role.NOBODY, "", "", False, ""))
     return caller
+
+
+PAGES = [endpoint for endpoint, _ in NAVIGATION]
 
 
 @cache
@@ -112,9 +126,9 @@ def _blueprint(backend: Backend) -> Blueprint:
     @calls.get("/static/<filename>")
     @needs(Role.NOBODY)
     def static(filename: str) -> Response:
-        file = HERE / "static" / Path(filename).name
-        if not file.is_file():
+        if filename not in os.listdir(HERE / "static"):
             abort(404)
+        file = HERE / "static" / filename
         kinds = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
         answer = Response(file.read_bytes(), mimetype=kinds.get(file.suffix, "text/plain"))
         answer.headers["Cache-Control"] = FOREVER if "v" in request.args else "no-cache"
@@ -123,15 +137,19 @@ def _blueprint(backend: Backend) -> Blueprint:
     @calls.get("/sign-in")
     @needs(Role.NOBODY)
     def sign_in() -> str:
-        return render_template("sign_in.html", next=_next(), access=backend.access)
+        return _form(backend, _caller().name, request.args.get("why", "")[:100])
 
     @calls.post("/sign-in")
     @needs(Role.NOBODY)
     def signed_in() -> AnyResponse:
         name, token = request.form.get("name", ""), request.form.get("token", "")
-        with backend.changes.recorded(request.remote_addr or "", "sign in", name=name[:100]):
-            backend.access.sign_in(name, token)
-        return redirect(_next())
+        try:
+            role = backend.access.sign_in(name, token)
+        except HTTPException as error:
+            log.warning("A sign-in from %s was refused", request.remote_addr)
+            return make_response(_form(backend, name, error.description or ""), error.code or 401)
+        with backend.changes.recorded(f"{name}, {request.remote_addr}", "sign in", role=str(role)):
+            return redirect(_next())
 
     @calls.post("/sign-out")
     @needs(Role.NOBODY)
@@ -142,9 +160,14 @@ def _blueprint(backend: Backend) -> Blueprint:
     return calls
 
 
+def _form(backend: Backend, name: str, why: str) -> str:
+    return render_template(
+        "sign_in.html", next=_next(), name=name, why=why, token=backend.access.why_token()
+    )
+
+
 def _next() -> str:
     """Return the page to go on with: one of this site, whatever the address says."""
     wanted = request.values.get("next", "").rstrip("?")
-    parts = urlsplit(wanted)
-    here = wanted.startswith("/") and not wanted.startswith(("//", "/\\"))
-    return wanted if here and not parts.netloc else url_for("line.page")
+    path = wanted.partition("?")[0]
+    return wanted if path in map(url_for, PAGES) else url_for("line.page")

@@ -14,7 +14,7 @@ from defect_detection.inference.verdict_log import Origin, VerdictLog
 from defect_detection.names import printable
 from defect_detection.runtime import heatmap, preprocessing
 from defect_detection.runtime.classifier import VerdictName
-from defect_detection.service.access import Role, needs
+from defect_detection.service.access import Role, needs, takes
 from defect_detection.service.refusal import refusals
 from defect_detection.service.serving import NotServing, Serving
 
@@ -101,8 +101,8 @@ def blueprint(serving: Serving, verdicts: VerdictLog) -> APIBlueprint:
         responses={**refusals(413, 503), 200: Predictions, 422: NoVerdict},
     )
     @needs(Role.OPERATOR)
+    @takes(LARGEST_BODY)
     def predict(query: Query) -> Response | tuple[Response, int]:
-        request.max_content_length = LARGEST_BODY
         try:
             with serving.place():
                 judged = serving.judge(list(_images(query)))

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from flask import Blueprint, abort, g, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from defect_detection.dataset.inbox import ANSWERS, Label, Seen
+from defect_detection.dataset.inbox import ANSWERS, Label, Seen, same_image
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
-from defect_detection.service.line import REASONS, WORDS, escape_rate
+from defect_detection.service.line import REASONS, WORDS
 from defect_detection.service.pages import require
+from defect_detection.service.sampled import sampled_now
 from defect_detection.service.verdicts import Logged
 
 AHEAD = 3  # images that a browser loads before they are needed
+LOOKED_AT = 8  # verdicts at the head of the queue
 ANSWER_WORDS = {"def_front": "defect", "ok_front": "good", "cannot_tell": "can't tell"}
 
 
@@ -52,25 +54,26 @@ def blueprint(backend: Backend) -> Blueprint:
     @calls.post("/review/undo")
     @needs(Role.OPERATOR)
     def undo() -> Response | str:
-        last = _last(backend)
-        if last is None or not last.undo:
-            abort(409, "There is no label of yours that can be taken back")
-        with backend.changes.recorded(g.caller.described, "undo label", label=last.label.id):
-            label = backend.inbox.take_back(last.label.id, _name())
+        label_id, name = request.form.get("label", ""), _name()
+        with backend.changes.recorded(g.caller.described, "undo label", label=label_id):
+            label = backend.inbox.take_back(label_id, name)
+            others = any(same_image(one, label) for one in backend.inbox.labels())
             number = int(label.verdict_id)
-            backend.verdicts.settle(number, False)
+            backend.verdicts.settle(number, others)
         return _go_on(backend, number)
 
     return calls
 
 
 def _label(backend: Backend, number: int, answer: str, blind: bool) -> None:
+    name = _name()
     try:
         verdict = backend.verdicts.one(number)
-        content = backend.verdicts.view(number).content
     except KeyError:
         abort(404, f"There is no verdict {number} in the log any more")
+    content = backend.verdicts.content(number)
     if content is None:
+        backend.verdicts.settle(number, True)  # nobody can judge it any more
         abort(410, "The image is not kept any more, so a label would be of no use")
     seen = Seen(
         verdict_id=number,
@@ -82,7 +85,7 @@ def _label(backend: Backend, number: int, answer: str, blind: bool) -> None:
     )
     details = {"verdict": number, "part": verdict.part, "said": verdict.verdict, "answer": answer}
     with backend.changes.recorded(g.caller.described, "label", **details):
-        backend.inbox.add(answer, _name(), seen, content, blind)
+        backend.inbox.add(answer, name, seen, content, blind)
         backend.verdicts.settle(number, True)
 
 
@@ -98,21 +101,41 @@ def _page(backend: Backend, wanted: int | None) -> str:
 
 
 def _part(backend: Backend, wanted: int | None) -> str:
-    waiting = backend.verdicts.waiting(AHEAD)
+    labels = backend.inbox.labels()
+    waiting = _waiting(backend, labels)
     verdict = _wanted(backend, wanted) or next(iter(waiting), None)
     return render_template(
         "review_part.html",
         verdict=verdict,
-        ahead=[one for one in waiting if verdict is None or one.id != verdict.id],
+        ahead=[one for one in waiting if verdict is None or one.id != verdict.id][:AHEAD],
         backlog=backend.verdicts.backlog(),
         last=_last(backend),
-        mine=_mine(backend.inbox.labels(), verdict),
+        mine=_mine(labels, verdict),
         blind=_blind(),
-        escapes=escape_rate(backend),
+        escapes=sampled_now(backend).rate,
         words=WORDS,
         reasons=REASONS,
         answers=ANSWER_WORDS,
     )
+
+
+def _waiting(backend: Backend, labels: Sequence[Label]) -> list[Logged]:
+    """Return what waits for this person, the oldest first.
+
+    What cannot be labelled any more is taken out: its image is not kept, or the label of this
+    person could not be noted in the log.
+    """
+    while True:
+        found = backend.verdicts.waiting(LOOKED_AT)
+        done = [
+            one
+            for one in found
+            if _mine(labels, one) is not None or not backend.verdicts.has_image(one.id)
+        ]
+        for one in done:
+            backend.verdicts.settle(one.id, True)
+        if not done:
+            return found
 
 
 def _wanted(backend: Backend, number: int | None) -> Logged | None:
@@ -128,9 +151,10 @@ def _mine(labels: Sequence[Label], verdict: Logged | None) -> Label | None:
     """Return this person's label of an image, None if there is none."""
     if verdict is None:
         return None
-    number = str(verdict.id)
-    mine = (one for one in labels if one.by == _name() and one.verdict_id == number)
-    return next(mine, None)
+    for one in labels:
+        if (one.by, one.verdict_id, one.content) == (_name(), str(verdict.id), verdict.sha256):
+            return one
+    return None
 
 
 def _last(backend: Backend) -> Last | None:
@@ -143,5 +167,7 @@ def _blind() -> bool:
 
 
 def _name() -> str:
-    """Return who labels: a person who signed in, else the caller as records name it."""
+    """Return who labels: a person who signed in, or a program; end the call if nobody did."""
+    if not g.caller.name and not g.caller.by_token:
+        abort(401, "Your sign-in has ended. Sign in, so that your name stands beside the label")
     return str(g.caller.name or g.caller.described)

@@ -16,7 +16,7 @@ from waitress.server import BaseWSGIServer  # type: ignore[import-untyped]
 
 from defect_detection import PipelineError
 from defect_detection.service import predict
-from defect_detection.service.app import LARGEST_BODY
+from defect_detection.service.access import LARGEST_BODY
 
 log = logging.getLogger("api")
 

@@ -1,6 +1,7 @@
 """The model that the API judges with: loaded in the background, replaced when prod moves."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ LOOK_EVERY = 0.25  # seconds between two looks at what the store says
 AGAIN = 60  # seconds after which a model that could not be loaded is tried again
 MOST_WAITING = 32  # calls with images at a time
 PATIENCE = 20  # seconds that a call waits for one
+BEHIND_AFTER = 20  # seconds in which a version that got the alias should be loaded
 TOO_MANY = "Too many calls wait for a verdict"
 
 
@@ -43,6 +45,8 @@ class Serving:
         self.model: NamedModel | None = None
         self.trouble = "The model is being loaded"
         self._make, self._store = make, store
+        self._asked_for: int | None = None  # the version of which the registry was asked early
+        self._other_since = math.inf
         self._production: Production | None = None
         self._cores = threading.BoundedSemaphore(os.cpu_count() or 1)
         self._places = threading.BoundedSemaphore(MOST_WAITING)
@@ -102,11 +106,12 @@ class Serving:
         try:
             if self.model is None:
                 self.model = NamedModel.in_production(self._production)
-                self.trouble = ""
             elif self._production.moved():
                 self.model = self.model.followed(self._production)
-            elif self._store_says_other():
+            elif (other := self._other()) and other != self._asked_for:
+                self._asked_for = other  # once; Production itself asks every minute
                 self._production.ask()
+            self.trouble = self._behind()
         except PipelineError as error:
             self._give_up(NOTHING if self._store_is_empty() else str(error))
 
@@ -126,11 +131,21 @@ class Serving:
         last = self._store.last()
         return last.reachable and last.production is None
 
-    def _store_says_other(self) -> bool:
+    def _other(self) -> int | None:
+        """Return the version that the store names, None if it is the one that judges."""
         last, production = self._store.last().production, self._production
-        if last is None or production is None:
-            return False
-        return bool(last["version"] != production.current().number)
+        if last is None or production is None or last["version"] == production.current().number:
+            self._other_since = math.inf
+            return None
+        self._other_since = min(self._other_since, time.monotonic())
+        return int(last["version"])
+
+    def _behind(self) -> str:
+        """Return that the version in production is not the one that judges, if it lasts."""
+        other = self._other()
+        if other is None or time.monotonic() - self._other_since < BEHIND_AFTER:
+            return ""
+        return f"Version {other} is in production, but cannot be loaded; see the API's log"
 
 
 NOTHING = (

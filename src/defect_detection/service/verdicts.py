@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import numpy as np
 from defect_detection import PipelineError
 from defect_detection.evaluation.metrics import Rate
 from defect_detection.inference import verdict_log
+from defect_detection.service import shifts
 
 LOCKED = 1.0  # seconds that a query waits for a writer
 OPEN = "waits != '' AND NOT settled"  # as the index `waiting` has it
 # Of the verdicts on several images of one part, the first of these counts.
 WORST_FIRST = ("defect", "error", "unknown", "ok")
 BLOCK = 5_000  # verdicts that are counted at a time
+LARGEST_ID = 2**63  # of SQLite
 COUNT_EVERY = 0.5  # seconds between two counts of what waits
 
 
@@ -56,13 +58,11 @@ class View:
     """What is kept to show an image.
 
     Attributes:
-        content: of its file, None if that is kept no longer.
         thumbnail: a small JPEG, None if the image could not be decoded.
         levels: float32 (h, w) in [0, 1], evidence of a defect; None for an error.
         aspect: as `heatmap.spread` takes it.
     """
 
-    content: bytes | None
     thumbnail: bytes | None
     levels: np.ndarray | None
     aspect: float | None
@@ -98,19 +98,19 @@ _COLUMNS = ", ".join(one.name for one in fields(Logged))
 class Verdicts:
     """Reads the verdict log. Any number of threads may use it."""
 
-    def __init__(self, folder: Path, shifts: Sequence[str]):
+    def __init__(self, folder: Path, begin: Sequence[str]):
         """Read the log of a folder, which need not exist yet.
 
         Args:
             folder: of the line.
-            shifts: when shifts begin, such as "06:00", in local time.
+            begin: when shifts begin, such as "06:00", in local time.
         """
         self.file = folder / verdict_log.FILE
-        self._shifts = shifts
+        self._shifts = begin
         self._here = threading.local()
         self._backlog: tuple[float, Counter[str]] = -math.inf, Counter()
         self._counting = threading.Lock()
-        self._count = _Count(0.0)
+        self._count = _Count(0.0, None, 0)
 
     def newest(self, most: int) -> list[Logged]:
         """Return the newest verdicts, the newest first."""
@@ -126,6 +126,8 @@ class Verdicts:
         Raises:
             KeyError: there is none of that id.
         """
+        if number >= LARGEST_ID:
+            raise KeyError(number)
         for found in self._select("id = ?", number):
             return found
         raise KeyError(number)
@@ -158,18 +160,25 @@ class Verdicts:
         Raises:
             KeyError: there is none of that id.
         """
-        rows = self._query(
-            "SELECT thumbnail, evidence, height, width, aspect, content "
-            "FROM views LEFT JOIN images USING (id) WHERE id = ?",
-            number,
+        rows = number < LARGEST_ID and self._query(
+            "SELECT thumbnail, evidence, height, width, aspect FROM views WHERE id = ?", number
         )
         if not rows:
             raise KeyError(number)
-        thumbnail, evidence, height, width, aspect, content = rows[0]
+        thumbnail, evidence, height, width, aspect = rows[0]
         levels = None
         if evidence is not None:
             levels = np.frombuffer(evidence, np.uint8).reshape(height, width) / np.float32(255)
-        return View(content, thumbnail, levels, aspect)
+        return View(thumbnail, levels, aspect)
+
+    def has_image(self, number: int) -> bool:
+        """Return whether the image of a verdict is kept; that of a file that was empty is."""
+        return bool(self._query("SELECT 1 FROM images WHERE id = ?", number))
+
+    def content(self, number: int) -> bytes | None:
+        """Return the content of an image's file, None if it is kept no longer."""
+        rows = self._query("SELECT content FROM images WHERE id = ?", number)
+        return bytes(rows[0][0]) if rows else None
 
     def settle(self, number: int, settled: bool) -> None:
         """Take a verdict out of what waits for a person, or put it back.
@@ -189,20 +198,33 @@ class Verdicts:
             raise Unreadable(f"{self.file}: cannot be written ({error})") from error
         self._backlog = -math.inf, Counter()
 
+    def shift_began(self) -> float:
+        """Return when the present shift began, in seconds since 1970."""
+        return shifts.began(self._shifts, datetime.now().astimezone()).timestamp()
+
     def shift(self, now: datetime) -> Shift:
         """Return the parts of the present shift."""
-        began = shift_began(self._shifts, now).timestamp()
+        began = shifts.began(self._shifts, now).timestamp()
         with self._counting:
-            if self._count.began != began:
-                self._count = _Count(began)
+            here = verdict_log.identity(self.file)
+            if (self._count.began, self._count.file) != (began, here):
+                self._count = _Count(began, here, self._before(began))
             count = self._count
             while rows := self._query(
-                "SELECT id, part, verdict, waits FROM verdicts WHERE +at >= ? AND id > ? "
-                "ORDER BY id LIMIT ?",
-                *(began, count.last, BLOCK),
+                "SELECT id, part, verdict, waits FROM verdicts WHERE id > ? ORDER BY id LIMIT ?",
+                *(count.last, BLOCK),
             ):
                 count.add(rows)
             return count.shift()
+
+    def _before(self, began: float) -> int:
+        """Return the id before the first verdict since a moment."""
+        rows = self._query(
+            "SELECT coalesce((SELECT min(id) FROM verdicts WHERE at >= ?) - 1, "
+            "(SELECT max(id) FROM verdicts), 0)",
+            began,
+        )
+        return int(rows[0][0]) if rows else 0
 
     def _select(self, where: str, *values: object) -> list[Logged]:
         rows = self._query(f"SELECT {_COLUMNS} FROM verdicts WHERE {where}", *values)
@@ -238,8 +260,8 @@ class Verdicts:
 class _Count:
     """Counts the parts of a shift, verdict by verdict."""
 
-    def __init__(self, began: float):
-        self.began, self.last = began, 0
+    def __init__(self, began: float, file: tuple[int, int] | None, last: int):
+        self.began, self.file, self.last = began, file, last
         self._worst: dict[str, int] = {}  # by part, the place in WORST_FIRST
         self._to_person: set[str] = set()
 
@@ -263,20 +285,6 @@ class _Count:
             Rate(unknown, parts),
             Rate(len(self._to_person), parts),
         )
-
-
-def shift_began(shifts: Sequence[str], now: datetime) -> datetime:
-    """Return when the present shift began, in local time."""
-    local = now.astimezone()
-    starts = []
-    for text in shifts:
-        hour, minute = map(int, text.split(":"))
-        for days in (0, 1):
-            day = local - timedelta(days=days)
-            # Without a zone first, so that a change to summer time in between counts.
-            naive = day.replace(tzinfo=None, hour=hour, minute=minute, second=0, microsecond=0)
-            starts.append(naive.astimezone())
-    return max(one for one in starts if one <= local)
 
 
 def _logged(row: Sequence[Any]) -> Logged:

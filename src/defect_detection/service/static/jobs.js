@@ -4,10 +4,12 @@
 const job = document.getElementById("job");
 const log = document.getElementById("log");
 const progress = document.getElementById("progress");
+const gone = document.getElementById("gone");
 
 async function look() {
   try {
     const answer = await fetch(job.dataset.address);
+    gone.hidden = answer.ok;
     if (answer.ok) {
       const found = await answer.json();
       if (found.state !== "running") return location.reload();
@@ -25,7 +27,7 @@ async function look() {
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
   } catch {
-    // At the next look.
+    gone.hidden = false;
   }
   setTimeout(look, 1500);
 }

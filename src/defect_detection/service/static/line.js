@@ -3,6 +3,8 @@
 "use strict";
 
 const EVERY = 200; // milliseconds
+const PATIENCE = 3000; // milliseconds, for an answer
+const PICTURES = 300; // milliseconds, for the pictures: the word does not wait for them
 const live = document.getElementById("live");
 const said = document.getElementById("said");
 const lost = document.getElementById("lost");
@@ -15,37 +17,42 @@ function fade() {
   localStorage.setItem("evidence", evidence.value);
 }
 
+async function ask(address) {
+  const answer = await fetch(address, { signal: AbortSignal.timeout(PATIENCE) });
+  if (answer.status === 401) location.reload();
+  if (!answer.ok) throw new Error(answer.status);
+  return answer;
+}
+
 function loaded(image) {
   return image.decode().catch(() => undefined);
 }
 
-async function update(state) {
-  const answer = await fetch(live.dataset.live);
-  if (!answer.ok) throw new Error(answer.status);
+async function update() {
   const made = document.createElement("div");
-  made.innerHTML = await answer.text();
+  made.innerHTML = await (await ask(live.dataset.live)).text();
   // The picture and its evidence change together, without a flash between them.
-  await Promise.all([...made.querySelectorAll(".picture img")].map(loaded));
-  const focused = document.activeElement?.closest?.(".strip a")?.getAttribute("href");
+  const pictures = [...made.querySelectorAll(".picture img")].map(loaded);
+  await Promise.race([Promise.all(pictures), new Promise((go) => setTimeout(go, PICTURES))]);
+  const focused = document.activeElement?.closest?.("#live a")?.getAttribute("href");
+  const scrolled = live.querySelector(".strip")?.scrollLeft ?? 0;
   live.replaceChildren(...made.childNodes);
-  if (focused) live.querySelector(`.strip a[href="${focused}"]`)?.focus();
+  if (scrolled) live.querySelector(".strip").scrollLeft = scrolled;
+  if (focused) live.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
   const word = live.querySelector(".word-box .word")?.textContent.trim() ?? "";
   const why = [...live.querySelectorAll(".word-box .why")].map((one) => one.textContent.trim());
   const part = live.querySelector(".facts dd")?.textContent.trim() ?? "";
-  said.textContent = [word, ...why, part].join(". ");
+  const told = [word, ...why, part].join(". ");
+  if (said.textContent !== told) said.textContent = told;
 }
 
 async function look() {
   try {
-    const answer = await fetch(live.dataset.state);
-    if (answer.status === 401) return location.reload();
-    if (!answer.ok) throw new Error(answer.status);
-    const state = await answer.json();
+    const state = await (await ask(live.dataset.state)).json();
     const silent = state.silent !== null;
-    const lights = state.lights.map((light) => light.replace(/\d+ s$/, ""));
-    const now = JSON.stringify([state.last, silent, lights, state.waiting]);
+    const now = JSON.stringify({ ...state, silent });
     if (now !== shown) {
-      await update(state);
+      await update();
       shown = now;
     }
     const seconds = live.querySelector(".seconds");
@@ -55,6 +62,7 @@ async function look() {
     failures += 1;
   }
   lost.hidden = failures < 3;
+  document.body.classList.toggle("gone", failures >= 3);
   setTimeout(look, document.hidden ? 5 * EVERY : EVERY);
 }
 
@@ -74,15 +82,16 @@ async function judge(files, camera) {
     const address = `${form.getAttribute("action")}?source=${camera ? "camera" : "predict"}`;
     const headers = { "X-CSRFToken": form.dataset.csrf, Accept: "application/json" };
     const answer = await fetch(address, { method: "POST", body, headers });
-    const told = await answer.json();
-    dropped.textContent = answer.ok ? "" : told.message;
+    const told = await answer.json().catch(() => ({}));
+    const why = answer.status === 413 ? "At most 32 MB at a time" : `Error ${answer.status}`;
+    dropped.textContent = answer.ok ? "" : (told.message ?? why);
   } catch {
     dropped.textContent = "The API does not answer";
   }
 }
 
 form.addEventListener("change", (event) => {
-  judge(event.target.files, event.target.name === "camera");
+  judge([...event.target.files], event.target.name === "camera");
   event.target.value = "";
 });
 addEventListener("dragover", (event) => event.preventDefault());

@@ -1,6 +1,8 @@
 // The queue without a reload for each image: keys, the next image at once, and one undo at a time.
 "use strict";
 
+const PATIENCE = 10000; // milliseconds, for an answer
+const LOOK = 400; // milliseconds for which a new image is seen before it can be judged
 const part = document.getElementById("part");
 const blind = document.getElementById("blind");
 const evidence = document.getElementById("evidence");
@@ -13,39 +15,51 @@ function fade() {
   localStorage.setItem("evidence", evidence.value);
 }
 
+function tell(message) {
+  failed.textContent = message;
+  failed.hidden = !message;
+}
+
 async function send(form, button) {
   if (busy) return;
   busy = true;
-  failed.hidden = true;
+  tell("");
   const body = new URLSearchParams(new FormData(form));
   if (button.name) body.set(button.name, button.value);
+  const headers = { "X-Part": "1", "X-CSRFToken": part.dataset.csrf, Accept: "application/json" };
+  const options = { method: "POST", body, headers, signal: AbortSignal.timeout(PATIENCE) };
   try {
-    const headers = { "X-Part": "1", "X-CSRFToken": part.dataset.csrf, Accept: "application/json" };
-    const answer = await fetch(form.getAttribute("action"), { method: "POST", body, headers });
-    if (answer.ok) {
-      show(await answer.text());
-    } else {
-      const told = await answer.json().catch(() => ({ message: `Error ${answer.status}` }));
-      failed.textContent = told.message;
-      failed.hidden = false;
-      if (answer.status === 401) location.reload();
-    }
+    const answer = await fetch(form.getAttribute("action"), options);
+    if (answer.ok) await show(await answer.text());
+    else await refused(answer);
   } catch {
-    failed.textContent = "The API does not answer. Nothing was saved; try again";
-    failed.hidden = false;
+    tell("The API does not answer. The label may not have been saved; load the page again");
   }
   busy = false;
 }
 
-function show(html) {
+async function refused(answer) {
+  const told = await answer.json().catch(() => ({ message: `Error ${answer.status}` }));
+  tell(told.message);
+  // The sign-in has ended or is a newer one, or the image was judged or deleted meanwhile.
+  if ([400, 401, 404, 409, 410].includes(answer.status)) {
+    await new Promise((go) => setTimeout(go, 2500));
+    location.assign(location.pathname + (blind.checked ? "?blind=1" : ""));
+  }
+}
+
+async function show(html) {
   part.innerHTML = html;
   const last = part.querySelector(".last p")?.textContent.trim() ?? "";
-  const title = part.querySelector(".judge h2, .done h2")?.textContent.trim() ?? "";
-  said.textContent = `${last}. Next: ${title}`;
-  part.querySelector("h2")?.focus();
+  const heading = part.querySelector(".judge h2, .done h2");
+  said.textContent = `${last}. Next: ${heading?.textContent.trim() ?? ""}`;
+  heading?.focus({ preventScroll: true });
   const address = new URL(location);
   address.searchParams.delete("verdict");
   history.replaceState(null, "", address);
+  // A second press of a key, or tap of a glove, must not judge what nobody has seen.
+  const pictures = [...part.querySelectorAll(".picture img")].map((one) => one.decode());
+  await Promise.all([Promise.allSettled(pictures), new Promise((go) => setTimeout(go, LOOK))]);
 }
 
 part.addEventListener("submit", (event) => {
@@ -54,41 +68,54 @@ part.addEventListener("submit", (event) => {
   send(event.target, event.submitter);
 });
 
+function changeMode() {
+  const address = new URL(location);
+  const verdict = part.querySelector("[data-verdict]")?.dataset.verdict;
+  address.search = "";
+  if (blind.checked) address.searchParams.set("blind", "1");
+  if (verdict) address.searchParams.set("verdict", verdict);
+  location.assign(address);
+}
+
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input[name], select")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const key = event.key.toLowerCase();
   if (key === "b") {
     blind.checked = !blind.checked;
-    blind.form.requestSubmit();
+    changeMode();
     return;
   }
   const button = part.querySelector(`button[data-key="${CSS.escape(key)}"]:not(:disabled)`);
-  if (!button || event.repeat) return;
+  if (!button) return;
   event.preventDefault();
   send(button.form, button);
 });
 
-blind.addEventListener("change", () => blind.form.requestSubmit());
+blind.addEventListener("change", changeMode);
 
 // A part that a phone photographs is judged, and then stands here.
 const form = document.getElementById("drop");
 form.addEventListener("change", async (event) => {
   const [file] = event.target.files;
-  if (!file) return;
+  if (!file || busy) return;
+  busy = true;
   const now = new Date().toISOString().replace(/[-:]/g, "").replace("T", "-").slice(0, 15);
   const body = new FormData();
   body.append("image", file, `camera-${now}.${file.name.split(".").pop()}`);
   const headers = { "X-CSRFToken": form.dataset.csrf, Accept: "application/json" };
+  tell("Judging …");
   try {
-    const answer = await fetch(`${form.getAttribute("action")}?source=camera`, { method: "POST", body, headers });
-    const told = await answer.json();
+    const address = `${form.getAttribute("action")}?source=camera`;
+    const answer = await fetch(address, { method: "POST", body, headers });
+    const told = await answer.json().catch(() => ({}));
     const id = told.predictions?.[0]?.id;
     if (id) location.search = `?verdict=${id}`;
-    else throw new Error(told.message ?? "The verdict could not be logged");
-  } catch (error) {
-    failed.textContent = error.message;
-    failed.hidden = false;
+    else if (answer.status === 401) location.reload();
+    else tell(told.message ?? `The image could not be kept (${answer.status})`);
+  } catch {
+    tell("The API does not answer");
   }
+  busy = false;
 });
 
 evidence.value = localStorage.getItem("evidence") ?? evidence.value;
