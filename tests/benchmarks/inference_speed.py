@@ -107,7 +107,13 @@ def prepare_model(folder: Path, paths: list[Path]) -> tuple[Path, dict[str, str]
         "import sys; sys.path[:0] = ['src', 'tests', 'tests/benchmarks'];"
         "import inference_speed; inference_speed.register(sys.argv[1], sys.argv[2:])"
     )
-    command = [sys.executable, "-c", program, str(folder), *map(str, paths[:: len(paths) // 300])]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        str(folder),
+        *map(str, paths[:: max(1, len(paths) // 300)]),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     return folder / "model", environment
@@ -129,15 +135,15 @@ def register(folder: str, paths: list[str]) -> None:
 
     logging.getLogger("alembic").setLevel(logging.ERROR)
     parameters = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
+    takes = preprocessing.ImageFormat(*parameters.image_size)
     sets = Path(folder) / "sets"
     sets.mkdir()
     for hyper in parameters.sets:
-        litert = cnn.to_litert(cnn.build(parameters.image_size, hyper))
+        litert = cnn.to_litert(cnn.build(takes.shape, hyper))
         (sets / f"{hyper.name}.tflite").write_bytes(litert)
-    built = cnn.build(parameters.image_size, parameters.sets[0])
-    size = parameters.image_size
-    ood = OodDetector.fit(np.stack([preprocessing.decode(Path(p), size) for p in paths]))
-    served = ServedModel(cnn.to_litert(built), size, ood=ood)
+    built = cnn.build(takes.shape, parameters.sets[0])
+    ood = OodDetector.fit(np.stack([preprocessing.decode(Path(p), takes) for p in paths]))
+    served = ServedModel(cnn.to_litert(built), takes, ood=ood)
     with store.connected(f"sqlite:///{folder}/mlflow.db", create=True):
         with mlflow.start_run(experiment_id=store.open_experiment("train/benchmark")) as run:
             uri = saved_model.log(built, served, Path(paths[0]).read_bytes())

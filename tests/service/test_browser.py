@@ -36,6 +36,8 @@ pytestmark = [
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 PAGES = ("line", "review", "labels", "models", "jobs", "sign-in")
+# Whether the large word is wider than its box.
+FITS = "(w => w.scrollWidth <= w.clientWidth + 1)(document.querySelector('.word'))"
 SHOTS = os.environ.get("SHOTS")
 
 
@@ -200,6 +202,11 @@ def waiting_parts(line, count: int, name: str) -> None:
     wait_for(lambda: len(verdicts.waiting(1000)) == count, 20)
 
 
+def ready(page) -> None:
+    """Wait until the next image may be judged."""
+    page.wait_for_selector("#part:not([aria-busy=true])")
+
+
 def test_twenty_are_reviewed_by_keyboard_alone(line, chromium):
     waiting_parts(line, 20, "dark")
     keys = "dgcddgggcd" * 2
@@ -213,10 +220,13 @@ def test_twenty_are_reviewed_by_keyboard_alone(line, chromium):
             page.wait_for_function(
                 "now => document.querySelector('[data-verdict]').dataset.verdict !== now", arg=now
             )
+            page.keyboard.press(key)  # a bounce: nobody has seen the next image yet
+            ready(page)
             before = now
         page.get_by_text("Nothing waits for you").first.wait_for()
         page.keyboard.press("u")  # the last one again
         page.wait_for_selector(f"[data-verdict='{before}']")
+        ready(page)
         page.keyboard.press("Tab")
         page.keyboard.press("d")
         page.get_by_text("Nothing waits for you").first.wait_for()
@@ -249,7 +259,7 @@ def test_correction_is_learned(line, chromium):
             line.arrive(f"{name}.jpeg", part)
             page.goto("/line")
             page.locator(f".facts dd >> text={name}").wait_for()
-            assert word(page) == "OK"
+            assert word(page) in ("OK", "Check")
             page.locator(".strip a").first.click()
             page.get_by_role("heading", name=f"Part {name}").wait_for()
             page.get_by_role("button", name="Defect").click()
@@ -303,9 +313,11 @@ def test_phone_reviews_by_touch_and_photographs_a_part(line, chromium):
         page.goto("/review")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         button = page.get_by_role("button", name="Good")
-        assert button.bounding_box()["height"] >= 44
+        box = button.bounding_box()
+        assert box["height"] >= 44 and box["y"] + box["height"] <= PHONE["viewport"]["height"]
         button.tap()
         page.get_by_text("you said good").first.wait_for()
+        ready(page)
         camera = page.locator("input[name=camera]")
         assert camera.get_attribute("capture") == "environment"
         part = encoded(draw_part(np.random.default_rng(7), defect=True))
@@ -313,6 +325,7 @@ def test_phone_reviews_by_touch_and_photographs_a_part(line, chromium):
         page.get_by_role("heading", name=re.compile("Part camera-")).wait_for()
         page.get_by_role("button", name="Defect").tap()
         page.get_by_text("you said defect").first.wait_for()
+        ready(page)
         page.get_by_role("button", name="Can't tell").tap()
         page.get_by_text("Nothing waits for you").first.wait_for()
         for name in PAGES:
@@ -330,6 +343,8 @@ def test_every_page_is_accessible(line, chromium, device, options, scheme):
         for name in PAGES:
             page.goto(f"/{name}")
             page.wait_for_timeout(400)
+            if name == "line":
+                assert page.evaluate(FITS), page.evaluate(FITS)
             require_accessible(page, f"{name}, {device}, {scheme}")
             shoot(page, name, device, scheme)
         page.goto("/review?blind=1")
@@ -355,6 +370,7 @@ def test_kinds_of_verdicts_are_accessible_too(line, chromium):
             with page.expect_response("**/predict*"):
                 page.locator("input[name=image]").set_input_files(file)
             page.locator(f".facts dd >> text={name}").wait_for()
+            assert page.evaluate(FITS), name
             require_accessible(page, name)
             shoot(page, f"line-{name}", "desktop", "light")
 
@@ -408,7 +424,7 @@ def test_without_a_token_nothing_is_shown_or_changed(tmp_path, chromium):
         page = context.new_page()
         for name in PAGES[:-1]:
             page.goto(f"/{name}")
-            assert page.url.endswith(f"/sign-in?next=/{name}?"), page.url
+            assert page.url.endswith(f"/sign-in?next=/{name}"), page.url
         page.get_by_label("Name").fill("Ada")
         page.get_by_label("Token").fill("wrong")
         page.get_by_role("button", name="Sign in").click()

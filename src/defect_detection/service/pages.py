@@ -79,7 +79,8 @@ def refusal(code: int, message: str) -> Response:
     if code == 401:  # such as after the end of a shift
         back = request.full_path if request.method == "GET" else request.referrer or ""
         wanted = urlsplit(back)
-        return make_response(_to_sign_in(f"{wanted.path}?{wanted.query}", message))
+        why = "" if request.method == "GET" else "Your sign-in has ended. Nothing was changed"
+        return make_response(_to_sign_in(f"{wanted.path}?{wanted.query}", why))
     return make_response(render_template("error.html", code=code, message=message), code)
 
 
@@ -97,7 +98,7 @@ def require(role: Role) -> AnyResponse | None:
 
 
 def _to_sign_in(wanted: str, why: str) -> AnyResponse:
-    return redirect(url_for("pages.sign_in", next=wanted.rstrip("?"), why=why), 303)
+    return redirect(url_for("pages.sign_in", next=wanted.rstrip("?"), why=why or None), 303)
 
 
 def _caller() -> Caller:

@@ -10,6 +10,11 @@ const said = document.getElementById("said");
 const failed = document.getElementById("failed");
 let busy = false;
 
+function work(now) {
+  busy = now;
+  part.setAttribute("aria-busy", now);
+}
+
 function fade() {
   document.documentElement.style.setProperty("--evidence", evidence.value / 100);
   localStorage.setItem("evidence", evidence.value);
@@ -22,7 +27,7 @@ function tell(message) {
 
 async function send(form, button) {
   if (busy) return;
-  busy = true;
+  work(true);
   tell("");
   const body = new URLSearchParams(new FormData(form));
   if (button.name) body.set(button.name, button.value);
@@ -35,7 +40,7 @@ async function send(form, button) {
   } catch {
     tell("The API does not answer. The label may not have been saved; load the page again");
   }
-  busy = false;
+  work(false);
 }
 
 async function refused(answer) {
@@ -97,8 +102,9 @@ blind.addEventListener("change", changeMode);
 const form = document.getElementById("drop");
 form.addEventListener("change", async (event) => {
   const [file] = event.target.files;
-  if (!file || busy) return;
-  busy = true;
+  if (!file) return;
+  while (busy) await new Promise((go) => setTimeout(go, 50));
+  work(true);
   const now = new Date().toISOString().replace(/[-:]/g, "").replace("T", "-").slice(0, 15);
   const body = new FormData();
   body.append("image", file, `camera-${now}.${file.name.split(".").pop()}`);
@@ -115,7 +121,7 @@ form.addEventListener("change", async (event) => {
   } catch {
     tell("The API does not answer");
   }
-  busy = false;
+  work(false);
 });
 
 evidence.value = localStorage.getItem("evidence") ?? evidence.value;
