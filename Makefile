@@ -55,6 +55,7 @@ bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/evaluation_cost.py
 	$(PYTHON) tests/benchmarks/inference_speed.py
 	$(PYTHON) tests/benchmarks/api_under_attack.py
+	$(PYTHON) tests/benchmarks/line_load.py
 	$(PYTHON) tests/benchmarks/generalisation.py
 	$(PYTHON) tests/benchmarks/other_parts.py
 

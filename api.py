@@ -23,6 +23,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -47,6 +48,7 @@ from defect_detection.settings import RetrainConfig  # noqa: E402
 log = logging.getLogger("api")
 
 LOG_WITHIN = 2  # seconds, at the end
+ASK_EVERY = 3600  # seconds; the API's own looks at the store tell when the alias moves
 FIRST_LOOK = 2.5  # seconds to wait at most for the first look at the store
 
 
@@ -66,7 +68,8 @@ def main() -> None:
     os.environ.update(health.MLFLOW_LIMITS)  # of this process only: the jobs have their copy
     store = health.StoreWatch(uri, registered)
     cache = settings.from_root(config.paths.cache)
-    serving = Serving(lambda: Production(uri, registered, cache, names.testing_model_name), store)
+    asking = partial(Production, uri, registered, cache, names.testing_model_name, ASK_EVERY)
+    serving = Serving(asking, store)
     serving.begin()
     command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
     folder = settings.from_root(env.get("LINE_PATH", config.paths.line))

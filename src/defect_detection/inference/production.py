@@ -90,7 +90,9 @@ class Source:
 class Production:
     """Follows the version that has the alias prod."""
 
-    def __init__(self, store: str, name: str, cache: Path, testing: str = ""):
+    def __init__(
+        self, store: str, name: str, cache: Path, testing: str = "", every: float = ASK_EVERY
+    ):
         """Start to ask the registry; `current` waits for the answer.
 
         Args:
@@ -98,8 +100,10 @@ class Production:
             name: of the registered model.
             cache: folder of the files on this machine.
             testing: as in `Source`.
+            every: seconds after which `moved` asks again by itself.
         """
         self._source = Source(store, name, str(cache), testing)
+        self._every = every
         self._version: LocalVersion | None = None
         self._former: LocalVersion | None = None
         self._child: subprocess.Popen[str] | None = None
@@ -121,7 +125,7 @@ class Production:
     def moved(self) -> bool:
         """Ask again from time to time, without waiting; return whether `current` changed."""
         if self._child is None:
-            if time.monotonic() - self._asked >= ASK_EVERY:
+            if time.monotonic() - self._asked >= self._every:
                 self._ask()
             return False
         late = time.monotonic() - self._asked > ANSWER_WITHIN
