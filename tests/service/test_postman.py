@@ -7,6 +7,7 @@ import pytest
 
 from conftest import ROOT, Server
 from defect_detection.registry import store as stores
+from defect_detection.service.verdicts import Verdicts
 
 COLLECTION = ROOT / "tests" / "postman" / "defect-detection.postman_collection.json"
 
@@ -20,17 +21,21 @@ def test_every_request_of_the_collection_gets_the_answer_it_checks(project, lear
     with stores.connected(f"sqlite:///{project.root}/mlflow.db", create=True):
         stores.open_experiment("train/before")
     project.configure_retraining(image_size=[64, 64], epochs=4, learning_rate=0.01)
+    shutil.copy(learnable / "test" / "def_front" / "part_000.jpeg", tmp_path / "part.jpeg")
     server = Server(project, tmp_path / "api.log")
     server.start()
     try:
         base = f"base=http://127.0.0.1:{server.port}"
         done = subprocess.run(
-            ["newman", "run", COLLECTION, "--env-var", base, "--delay-request", "250"],
+            ["newman", "run", COLLECTION, "--env-var", base, "--delay-request", "250"]
+            + ["--working-dir", tmp_path],
             capture_output=True,
             text=True,
             timeout=200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        verdicts = Verdicts(project.root / ".line", ["06:00"]).newest(9)
+        assert "part.jpeg" in [one.name for one in verdicts]  # a model was served
     finally:
         server.process.terminate()
         server.process.wait(20)
