@@ -3,6 +3,8 @@
 Screenshots of every page are written into the folder that the variable SHOTS names.
 """
 
+import base64
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +41,12 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 PAGES = ("line", "review", "labels", "models", "jobs", "sign-in")
 # Whether the large word is wider than its box.
 FITS = "(w => w.scrollWidth <= w.clientWidth + 1)(document.querySelector('.word'))"
+DROPPED = """([content, name]) => {
+    const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
+    const dropped = new DataTransfer();
+    dropped.items.add(new File([bytes], name, { type: "image/jpeg" }));
+    return dropped;
+}"""
 SHOTS = os.environ.get("SHOTS")
 
 
@@ -88,6 +97,12 @@ class Line:
         hidden.write_bytes(content)
         hidden.rename(self.arriving / name)
 
+    def judge(self, content: bytes, name: str) -> dict:
+        """Send an image to the API; return what it says."""
+        address = f"{self.address}/predict?name={name}"
+        with urllib.request.urlopen(address, data=content, timeout=30) as answer:
+            return json.load(answer)["predictions"][0]
+
     def end(self) -> None:
         for process in (self.watch, self.server.process):
             if process is not None and process.poll() is None:
@@ -126,7 +141,8 @@ def browsing(chromium, address: str, name: str | None = "Ada", **options):
         sign_in(page, name)
     yield page
     context.close()
-    assert not [one for one in errors if "422" not in one]  # an image that cannot be decoded
+    # Of an image that cannot be decoded, and of a store that is away.
+    assert not [one for one in errors if "422" not in one and "503" not in one]
 
 
 def sign_in(page, name: str, token: str = "") -> None:
@@ -156,9 +172,9 @@ def test_dropped_part_is_judged_and_shown(line, chromium):
     with browsing(chromium, line.address) as page:
         page.goto("/line")
         for defect, expected in ((True, "Defect"), (False, "OK")):
-            file = {"name": f"dropped-{expected}.x.jpeg", "mimeType": "image/jpeg"}
-            file["buffer"] = encoded(draw_part(rng, defect))
-            page.locator("input[name=image]").set_input_files(file)
+            part = base64.b64encode(encoded(draw_part(rng, defect))).decode()
+            dropped = page.evaluate_handle(DROPPED, [part, f"dropped-{expected}.x.jpeg"])
+            page.dispatch_event("main", "drop", {"dataTransfer": dropped})
             page.locator(f".facts dd >> text=dropped-{expected}").wait_for()
             assert word(page) == expected
         evidence = page.locator(".picture .evidence")
@@ -278,6 +294,7 @@ def test_correction_is_learned(line, chromium):
         page.get_by_role("button", name="Start a retraining").click()
         page.locator("#job .tag", has_text="running").wait_for()
         shoot(page, "job-running", "desktop", "light")
+        assert line.judge(parts["scratch0"], "meanwhile.jpeg")["verdict"] == "ok"
         page.locator("#job .tag", has_text="succeeded").wait_for(timeout=180_000)
         page.goto("/models")
         told = page.locator("tbody tr").first.inner_text()
@@ -298,6 +315,25 @@ def test_correction_is_learned(line, chromium):
                 "name => document.querySelector('.facts dd')?.textContent === name", arg=name
             )
             assert word(page) == "Defect", name
+
+
+def test_verdicts_go_on_while_the_store_is_away(line, chromium):
+    store = line.project.root / "mlflow.db"
+    model = line.health()["model"]
+    store.rename(store.with_name("away.db"))
+    try:
+        wait_for(lambda: line.health()["store"] == "unreachable")
+        part = encoded(draw_part(np.random.default_rng(8), defect=True))
+        assert line.judge(part, "away.jpeg")["model"] == model
+        with browsing(chromium, line.address) as page:
+            page.goto("/line")
+            page.get_by_text("does not answer").first.wait_for()
+            page.goto("/models")
+            page.get_by_text(f"Verdicts go on with {model}").first.wait_for()
+            require_accessible(page, "models without a store")
+    finally:
+        store.with_name("away.db").rename(store)
+    wait_for(lambda: line.health()["store"] == "reachable")
 
 
 def file_of(line, part: bytes) -> str:
@@ -386,6 +422,10 @@ def test_page_says_that_the_api_is_gone_and_goes_on_when_it_is_back(tmp_path, ch
         gone.end()
         page.get_by_text("No connection to the API").first.wait_for()
         gone.server.start()
+        page.get_by_text("No connection to the API").first.wait_for(state="hidden")
+        gone.server.process.send_signal(signal.SIGSTOP)  # it hangs
+        page.get_by_text("No connection to the API").first.wait_for()
+        gone.server.process.send_signal(signal.SIGCONT)
         page.get_by_text("No connection to the API").first.wait_for(state="hidden")
     finally:
         context.close()

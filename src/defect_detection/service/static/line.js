@@ -4,13 +4,14 @@
 
 const EVERY = 200; // milliseconds
 const PATIENCE = 3000; // milliseconds, for an answer
+const GONE_AFTER = 2000; // milliseconds without an answer
 const PICTURES = 300; // milliseconds, for the pictures: the word does not wait for them
 const live = document.getElementById("live");
 const said = document.getElementById("said");
 const lost = document.getElementById("lost");
 const evidence = document.getElementById("evidence");
 let shown = ""; // what decides whether the page is old
-let failures = 0;
+let answered = Date.now(); // when the API answered last
 
 function fade() {
   document.documentElement.style.setProperty("--evidence", evidence.value / 100);
@@ -57,12 +58,13 @@ async function look() {
     }
     const seconds = live.querySelector(".seconds");
     if (seconds && silent) seconds.textContent = state.silent;
-    failures = 0;
+    answered = Date.now();
   } catch {
-    failures += 1;
+    // Said below, if it lasts.
   }
-  lost.hidden = failures < 3;
-  document.body.classList.toggle("gone", failures >= 3);
+  const gone = Date.now() - answered > GONE_AFTER;
+  lost.hidden = !gone;
+  document.body.classList.toggle("gone", gone);
   setTimeout(look, document.hidden ? 5 * EVERY : EVERY);
 }
 
