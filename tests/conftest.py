@@ -199,9 +199,8 @@ class Project:
 
     def __init__(self, root: Path):
         self.root = root
-        caches = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "src", root / "src", ignore=caches)
-        shutil.copytree(ROOT / "re_train", root / "re_train", ignore=caches)
+        shutil.copytree(ROOT / "src", root / "src")  # with what is compiled already
+        shutil.copytree(ROOT / "re_train", root / "re_train")
         for file in (".env", "api.py"):
             shutil.copy(ROOT / file, root)
         self.data = root / "data"
