@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, wait_for
-from defect_detection.inference import verdict_log
+from defect_detection.inference import verdict_file, verdict_log
 from defect_detection.inference.verdict_log import Origin, Rules, VerdictLog
 from defect_detection.retention import Retention
 from defect_detection.runtime.classifier import Verdict
@@ -25,7 +25,7 @@ from logged import NOBODY, OK, PART, judged
 
 
 def rows(folder: Path, columns: str = "*", table: str = "verdicts") -> list[tuple]:
-    with closing(sqlite3.connect(folder / verdict_log.FILE)) as connection:
+    with closing(sqlite3.connect(folder / verdict_file.FILE)) as connection:
         return connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1").fetchall()
 
 
@@ -183,7 +183,7 @@ def test_oldest_verdicts_and_images_go_first_and_those_for_a_person_last(tmp_pat
     kept = [number for (number,) in rows(tmp_path, "id", "images")]
     assert kept == [16, 17, *range(23, 31)]  # 10 images of 0.1 MB
     assert rows(tmp_path, "bytes", "kept") == [(1_000_000,)]
-    with closing(sqlite3.connect(tmp_path / verdict_log.FILE)) as connection:
+    with closing(sqlite3.connect(tmp_path / verdict_file.FILE)) as connection:
         connection.execute("UPDATE verdicts SET at = at - 90000 WHERE id < 25")
         connection.commit()
     log.add([judged()], [Origin("predict")])
@@ -191,11 +191,11 @@ def test_oldest_verdicts_and_images_go_first_and_those_for_a_person_last(tmp_pat
 
 
 def test_lock_holds_up_no_verdict_and_loses_none(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(verdict_log, "LOCKED", 0.1)
+    monkeypatch.setattr(verdict_file, "LOCKED", 0.1)
     monkeypatch.setattr(verdict_log, "AGAIN", 0.05)
     log = VerdictLog(tmp_path, NOBODY)
     log.add([judged()], [Origin("predict")])
-    with closing(sqlite3.connect(tmp_path / verdict_log.FILE)) as other:
+    with closing(sqlite3.connect(tmp_path / verdict_file.FILE)) as other:
         other.execute("BEGIN IMMEDIATE")
         started = time.monotonic()
         ids = [log.add([judged()], [Origin("predict")])[0] for _ in range(20)]
@@ -232,9 +232,9 @@ def test_what_cannot_be_kept_in_memory_is_counted(tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize("damage", ["newer", "no database"])
 def test_file_of_another_kind_is_left_alone(tmp_path, damage, monkeypatch):
     monkeypatch.setattr(verdict_log, "AGAIN", 0.05)
-    file = tmp_path / verdict_log.FILE
+    file = tmp_path / verdict_file.FILE
     if damage == "newer":
-        with closing(verdict_log.connect(file)) as connection:
+        with closing(verdict_file.connect(file)) as connection:
             connection.execute("PRAGMA user_version = 99")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     else:
@@ -311,7 +311,7 @@ def test_killed_writers_and_readers_lose_nothing(tmp_path, rounds):
     kept = dict(rows(tmp_path / "line", "id, part"))
     assert len(promised) > 20 * rounds
     assert {number: kept.get(number) for number in promised} == promised
-    with closing(sqlite3.connect(tmp_path / "line" / verdict_log.FILE)) as connection:
+    with closing(sqlite3.connect(tmp_path / "line" / verdict_file.FILE)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         counted = connection.execute("SELECT sum(count) FROM totals").fetchone()[0]
     assert counted == len(kept)

@@ -22,6 +22,13 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from defect_detection.inference.verdict_file import (
+    FILE,
+    OtherSchema,
+    connect,
+    identity,
+    transaction,
+)
 from defect_detection.names import printable
 from defect_detection.retention import Retention
 from defect_detection.runtime import preprocessing
@@ -34,11 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE = "verdicts.sqlite"
-VERSION = 1  # of the schema
 ANSWER_WITHIN = 0.25  # seconds that a caller of `add` waits for the disk
 ROOM_WITHIN = 5.0  # seconds that it waits for room in memory while the disk is only busy
-LOCKED = 1.0  # seconds that a write waits for another process
 AGAIN = 0.5  # seconds between two tries
 MOST_WAITING, MOST_WAITING_BYTES = 2_000, 64_000_000  # verdicts in memory
 BATCH = 64  # verdicts in a transaction
@@ -47,52 +51,6 @@ NEWEST = 5  # images that are kept in any case, as a page may show them now
 THUMBNAIL, QUALITY = 96, 80  # pixels of the longer side; of JPEGs, of 100
 LONGEST_NAME, LONGEST_REASON = 200, 500  # characters
 
-SCHEMA = """
-CREATE TABLE verdicts (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    at REAL NOT NULL,               -- seconds since 1970
-    source TEXT NOT NULL,           -- predict, camera or watch
-    name TEXT NOT NULL,             -- of the image's file
-    path TEXT,                      -- of a watched file
-    part TEXT NOT NULL,             -- its id, "" if the name has none
-    verdict TEXT NOT NULL,          -- defect, ok, unknown, error
-    probability REAL,
-    threshold REAL NOT NULL,
-    review INTEGER NOT NULL,        -- whether a person should look
-    reason TEXT NOT NULL,
-    model TEXT NOT NULL,            -- registered model and version
-    milliseconds REAL NOT NULL,     -- to decode and judge
-    sha256 TEXT NOT NULL,           -- of the image's file
-    written INTEGER,                -- a watched file's time of change in nanoseconds
-    waits TEXT NOT NULL,            -- why a person looks: band, unknown, error, audit or ""
-    settled INTEGER NOT NULL        -- whether one has
-);
-CREATE UNIQUE INDEX once ON verdicts (path, written, sha256) WHERE path IS NOT NULL;
-CREATE INDEX waiting ON verdicts (id) WHERE waits != '' AND NOT settled;
-CREATE INDEX by_reason ON verdicts (waits) WHERE waits != '' AND NOT settled;
-CREATE INDEX by_time ON verdicts (at);
-CREATE TABLE views (                -- small enough to be kept for every verdict
-    id INTEGER PRIMARY KEY,
-    thumbnail BLOB,
-    evidence BLOB, height INTEGER, width INTEGER,  -- bytes, of the size of the map
-    aspect REAL                     -- width by height of what the model took with borders
-);
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY,
-    wanted INTEGER NOT NULL,        -- whether it is kept for a person
-    content BLOB NOT NULL
-);
-CREATE INDEX by_wanted ON images (wanted, id);
-CREATE TABLE totals (               -- since the file was made
-    source TEXT, verdict TEXT, count INTEGER NOT NULL, PRIMARY KEY (source, verdict)
-) WITHOUT ROWID;
-CREATE TABLE kept (bytes INTEGER NOT NULL);
-INSERT INTO kept VALUES (0);
-CREATE TRIGGER image_added AFTER INSERT ON images
-    BEGIN UPDATE kept SET bytes = bytes + length(NEW.content); END;
-CREATE TRIGGER image_deleted AFTER DELETE ON images
-    BEGIN UPDATE kept SET bytes = bytes - length(OLD.content); END;
-"""
 COLUMNS = (
     *("at", "source", "name", "path", "part", "verdict", "probability", "threshold", "review"),
     *("reason", "model", "milliseconds", "sha256", "written", "waits", "settled"),
@@ -102,10 +60,6 @@ INSERT = (
     f"ON CONFLICT (path, written, sha256) WHERE path IS NOT NULL DO NOTHING"
 )
 Waits = Literal["", "band", "unknown", "error", "audit"]
-
-
-class OtherSchema(Exception):
-    """The file was written by a newer version of this project."""
 
 
 # What the disk is to blame for, and not a verdict. SQLite's other errors are subclasses of
@@ -360,7 +314,7 @@ class VerdictLog:
             self._opened = identity(self.file)
         connection = self._connection
         ids: list[int | None] = []
-        with _transaction(connection):
+        with transaction(connection):
             for entry in batch:
                 ids.append(self._insert(connection, entry))
             self._prune(connection)
@@ -442,81 +396,3 @@ def jpeg_within(content: bytes, longest: int, channels: int, most_pixels: int) -
     made = io.BytesIO()
     Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(made, "JPEG", quality=QUALITY)
     return made.getvalue()
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection):  # type: ignore[no-untyped-def]
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
-
-
-def connect(file: Path, seconds: float | None = None) -> sqlite3.Connection:
-    """Open the file for writing; make it if it is not there.
-
-    Args:
-        file: of the log.
-        seconds: that a write waits for another process; None for `LOCKED`.
-
-    Raises:
-        sqlite3.Error, OSError: it cannot be opened or made.
-        OtherSchema: a newer version of this project wrote it.
-    """
-    seconds = LOCKED if seconds is None else seconds
-    file.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(
-        file, timeout=seconds, isolation_level=None, check_same_thread=False
-    )
-    try:
-        _use_wal(connection, seconds)
-        connection.execute("PRAGMA synchronous = NORMAL")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise OtherSchema(f"its schema is {version}, this project knows {VERSION}")
-        if version < VERSION:
-            _make(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def identity(file: Path) -> tuple[int, int] | None:
-    """Return device and inode of a file, None if it is not there."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _use_wal(connection: sqlite3.Connection, seconds: float) -> None:
-    """Let readers and a writer work at a time; SQLite itself does not wait for that change."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _make(connection: sqlite3.Connection) -> None:
-    with _transaction(connection):
-        # Another process may have made it meanwhile.
-        if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
-            return
-        statement = ""
-        for line in SCHEMA.splitlines():
-            statement += line + "\n"
-            if sqlite3.complete_statement(statement):
-                connection.execute(statement)
-                statement = ""
-        connection.execute(f"PRAGMA user_version = {VERSION}")

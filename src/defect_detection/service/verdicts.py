@@ -16,7 +16,7 @@ import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.evaluation.metrics import Rate
-from defect_detection.inference import verdict_log
+from defect_detection.inference import verdict_file
 from defect_detection.service import shifts
 
 LOCKED = 1.0  # seconds that a query waits for a writer
@@ -105,7 +105,7 @@ class Verdicts:
             folder: of the line.
             begin: when shifts begin, such as "06:00", in local time.
         """
-        self.file = folder / verdict_log.FILE
+        self.file = folder / verdict_file.FILE
         self._shifts = begin
         self._here = threading.local()
         self._backlog: tuple[float, Counter[str]] = -math.inf, Counter()
@@ -187,14 +187,14 @@ class Verdicts:
             Unreadable: the log cannot be written.
         """
         try:
-            with closing(verdict_log.connect(self.file, LOCKED)) as connection:
+            with closing(verdict_file.connect(self.file, LOCKED)) as connection:
                 connection.execute(
                     "UPDATE verdicts SET settled = ? WHERE id = ?", (settled, number)
                 )
                 connection.execute(
                     "UPDATE images SET wanted = ? WHERE id = ?", (not settled, number)
                 )
-        except (sqlite3.Error, OSError, verdict_log.OtherSchema) as error:
+        except (sqlite3.Error, OSError, verdict_file.OtherSchema) as error:
             raise Unreadable(f"{self.file}: cannot be written ({error})") from error
         self._backlog = -math.inf, Counter()
 
@@ -206,7 +206,7 @@ class Verdicts:
         """Return the parts of the present shift."""
         began = shifts.began(self._shifts, now).timestamp()
         with self._counting:
-            here = verdict_log.identity(self.file)
+            here = verdict_file.identity(self.file)
             if (self._count.began, self._count.file) != (began, here):
                 self._count = _Count(began, here, self._before(began))
             count = self._count
@@ -236,7 +236,7 @@ class Verdicts:
         try:
             with self._connection() as connection:
                 return connection.execute(text, values).fetchall()
-        except (sqlite3.Error, verdict_log.OtherSchema, OSError) as error:
+        except (sqlite3.Error, verdict_file.OtherSchema, OSError) as error:
             raise Unreadable(f"{self.file}: cannot be read ({error})") from error
 
     @contextmanager
@@ -248,7 +248,7 @@ class Verdicts:
         if known is None or known[0] != identity:
             if known is not None:
                 known[1].close()
-            known = self._here.connection = identity, verdict_log.connect(self.file, LOCKED)
+            known = self._here.connection = identity, verdict_file.connect(self.file, LOCKED)
         try:
             yield known[1]
         except sqlite3.Error:
