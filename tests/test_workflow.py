@@ -157,7 +157,9 @@ def runner(tmp_path, learnable):
     subprocess.run([*git, "commit", "-qam", "small models"], check=True)
     home.mkdir()
     made = Runner(
-        clone, home, {"MLFLOW_TRACKING_URI": "", "DATA_PATH": str(learnable), "JOBS_PATH": ""}
+        clone,
+        home,
+        {"MLFLOW_TRACKING_URI": "", "DATA_PATH": str(learnable), "JOBS_PATH": "", "LINE_PATH": ""},
     )
     yield made
     made.start_api("stop")

@@ -42,6 +42,7 @@ def test_the_yaml_is_what_its_users_know():
             "defective_image": "test/def_front/cast_def_0_1153.jpeg",
             "ok_image": "test/ok_front/cast_ok_0_10.jpeg",
         },
+        "include_inbox": True,  # optional: without it, approved labels are left out
     }
     settings.read_yaml(ROOT / "re_train" / "re_train.yaml", RetrainConfig)
 

@@ -74,8 +74,10 @@ def test_person_who_signed_in_may_send_large_images(judging, parts):
     token = re.search(r'name="csrf_token" value="([^"]+)"', page).group(1)
     calls.post("/sign-in", data={"name": "Ada", "csrf_token": token}, headers={"Host": "localhost"})
     headers = {"X-CSRFToken": re.search(r'data-csrf="([^"]+)"', calls.get("/line").text).group(1)}
-    large = form((parts[0] + b"\0" * 2_000_000, "large.jpeg"))
-    assert calls.post("/predict", data=large, headers=headers).status_code == 200
+    said = b'--x\r\nContent-Disposition: form-data; name="image"; filename="large.jpeg"\r\n\r\n'
+    large = said + parts[0] + b"\0" * 2_000_000 + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert calls.post("/predict", data=large, headers=headers | kind).status_code == 200
     assert calls.post("/jobs", data={"epochs": "1" * 20_000}, headers=headers).status_code == 413
 
 

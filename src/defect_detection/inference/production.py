@@ -91,7 +91,7 @@ class Production:
     """Follows the version that has the alias prod."""
 
     def __init__(
-        self, store: str, name: str, cache: Path, testing: str = "", every: float = ASK_EVERY
+        self, store: str, name: str, cache: Path, testing: str = "", every: float | None = None
     ):
         """Start to ask the registry; `current` waits for the answer.
 
@@ -100,10 +100,10 @@ class Production:
             name: of the registered model.
             cache: folder of the files on this machine.
             testing: as in `Source`.
-            every: seconds after which `moved` asks again by itself.
+            every: seconds after which `moved` asks again by itself; None for `ASK_EVERY`.
         """
         self._source = Source(store, name, str(cache), testing)
-        self._every = every
+        self._every = ASK_EVERY if every is None else every
         self._version: LocalVersion | None = None
         self._former: LocalVersion | None = None
         self._child: subprocess.Popen[str] | None = None

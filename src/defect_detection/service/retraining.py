@@ -56,18 +56,23 @@ class Page(BaseModel):
     before: str | None = Field(None, pattern=job_files.ID, description="only those before this one")
 
 
+TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+
+def _answer(kind: type) -> dict[str, Any]:
+    """Return how the document describes an answer in JSON."""
+    return {"content": {"application/json": {"schema": TypeAdapter(kind).json_schema()}}}
+
+
 def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
     """Return the calls under /retrain."""
     calls = APIBlueprint("retraining", __name__, abp_tags=[Tag(name="retraining")])
-    described = {"content": {"application/json": {"schema": TypeAdapter(Job).json_schema()}}}
-    list_of = {"content": {"application/json": {"schema": TypeAdapter(list).json_schema()}}}
-    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
     @calls.post(
         "/retrain",
         summary="Start a retraining",
         openapi_extensions=BODY,
-        responses={**refusals(409, 413, 500, 503), 200: dict(described), 202: dict(described)},
+        responses={**refusals(409, 413, 500, 503), 200: _answer(Job), 202: _answer(Job)},
     )
     def start(query: Start) -> Answer:
         job = begin(jobs, changes, _read_overrides())
@@ -77,7 +82,9 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
             return jsonify(_describe(job)), status, {"Location": _address(job)}
         return jsonify(_describe(job)), 202, {"Location": _address(job)}
 
-    @calls.get("/retrain", summary="The newest retrainings", responses={**refusals(), 200: list_of})
+    @calls.get(
+        "/retrain", summary="The newest retrainings", responses={**refusals(), 200: _answer(list)}
+    )
     def page(query: Page) -> Answer:
         found = jobs.all(query.limit + 1, query.before)  # one more shows whether there is more
         answer = jsonify([_describe(job) for job in found[: query.limit]])
@@ -90,13 +97,13 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
     @calls.get(
         "/retrain/<job_id>",
         summary="A retraining",
-        responses={**refusals(404), 200: dict(described)},
+        responses={**refusals(404), 200: _answer(Job)},
     )
     def one(path: JobPath) -> Answer:
         return jsonify(_describe(_find(jobs.get, path.job_id)))
 
     @calls.get(
-        "/retrain/<job_id>/log", summary="Its output", responses={**refusals(404), 200: text}
+        "/retrain/<job_id>/log", summary="Its output", responses={**refusals(404), 200: TEXT}
     )
     def output(path: JobPath) -> Answer:
         return Response(_find(jobs.log, path.job_id), mimetype="text/plain")
@@ -104,7 +111,7 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
     @calls.delete(
         "/retrain/<job_id>",
         summary="Cancel it",
-        responses={**refusals(404, 409), 200: dict(described)},
+        responses={**refusals(404, 409), 200: _answer(Job)},
     )
     def cancel(path: JobPath) -> Answer:
         return jsonify(_describe(end(jobs, changes, path.job_id)))
