@@ -211,7 +211,7 @@ class Registry:
     def __init__(self, model_folder: Path):
         self.version, self.folder = 1, model_folder
         self.asked = 0
-        self._said = None
+        self._said = 1
 
     def current(self):
         from defect_detection.inference.production import LocalVersion
@@ -219,7 +219,7 @@ class Registry:
         return LocalVersion("Production_Reg", self.version, 0.9, str(self.folder), "now")
 
     def moved(self) -> bool:
-        moved, self._said = self._said not in (None, self.version), self.version
+        moved, self._said = self._said != self.version, self.version
         return moved
 
     def ask(self) -> None:

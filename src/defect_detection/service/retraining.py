@@ -86,13 +86,7 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
         "/retrain", summary="The newest retrainings", responses={**refusals(), 200: _answer(list)}
     )
     def page(query: Page) -> Answer:
-        found = jobs.all(query.limit + 1, query.before)  # one more shows whether there is more
-        answer = jsonify([_describe(job) for job in found[: query.limit]])
-        if len(found) > query.limit:
-            last = found[query.limit - 1].id
-            following = url_for("retraining.page", limit=query.limit, before=last)
-            answer.headers["Link"] = f'<{following}>; rel="next"'
-        return answer
+        return _page(jobs, query)
 
     @calls.get(
         "/retrain/<job_id>",
@@ -117,6 +111,16 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
         return jsonify(_describe(end(jobs, changes, path.job_id)))
 
     return calls
+
+
+def _page(jobs: Jobs, query: Page) -> Response:
+    found = jobs.all(query.limit + 1, query.before)  # one more shows whether there is more
+    answer = jsonify([_describe(job) for job in found[: query.limit]])
+    if len(found) > query.limit:
+        last = found[query.limit - 1].id
+        following = url_for("retraining.page", limit=query.limit, before=last)
+        answer.headers["Link"] = f'<{following}>; rel="next"'
+    return answer
 
 
 def begin(jobs: Jobs, changes: Changes, overrides: RetrainOverrides) -> Job:
