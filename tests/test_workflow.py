@@ -188,7 +188,7 @@ def test_steps_of_the_workflow_pass_in_order_in_a_clean_clone(workflow, runner):
     assert run.data.tags["mlflow.source.git.commit"] == commit
     # Nothing that must outlive the next checkout lies in the work tree.
     names = {path.name for path in runner.kept.iterdir()}
-    assert names == {"mlflow.db", "mlruns", "jobs", "releases", "venvs", "cache"}
+    assert names == {"mlflow.db", "mlruns", "jobs", "line", "releases", "venvs", "cache"}
     clean = ["git", "-C", runner.clone, "clean", "-ffdxn"]
     assert subprocess.run(clean, capture_output=True, text=True).stdout == ""
     assert runner.start_api("status").returncode == 0
