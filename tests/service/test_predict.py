@@ -18,7 +18,9 @@ from defect_detection.inference.judge import NamedModel
 from defect_detection.runtime.classifier import Classifier
 from defect_detection.service import predict, serving
 from defect_detection.service.access import Role
+from defect_detection.service.health import Look
 from defect_detection.service.serving import NOTHING, Serving
+from logged import MODEL as MODEL_THAT_JUDGES
 from logged import judged
 
 
@@ -210,7 +212,8 @@ class Registry:
 
     def __init__(self, model_folder: Path):
         self.version, self.folder = 1, model_folder
-        self.asked = 0
+        self.waits: list[float] = []
+        self.answers_asks = True
         self._said = 1
 
     def current(self):
@@ -222,8 +225,9 @@ class Registry:
         moved, self._said = self._said != self.version, self.version
         return moved
 
-    def ask(self) -> None:
-        self.asked += 1
+    def ask(self, after: float) -> bool:
+        self.waits.append(after)
+        return self.answers_asks
 
     def close(self) -> None:
         pass
@@ -241,6 +245,28 @@ def test_alias_is_followed_without_a_restart(tmp_path, model_folder, monkeypatch
     registry.version, registry.folder = 3, tmp_path  # damaged
     time.sleep(0.2)
     assert following.model.name == "Production_Reg/2"
+
+
+def test_version_that_the_store_names_is_asked_for_until_it_is_loaded(tmp_path, monkeypatch):
+    """Soon, also if the registry was asked just before; then now and then, as files come back."""
+    registry, made = Registry(tmp_path), backend(tmp_path)
+    following = Serving(lambda: registry, made.store)
+    following.model = made.serving.model = MODEL_THAT_JUDGES
+    named = {"registry": "Production_Reg", "version": 2, "acc": 0.9}
+    monkeypatch.setattr(made.store, "last", lambda: Look(True, named, 0.0))
+    registry.answers_asks = False
+    following._follow()
+    registry.answers_asks = True
+    for _ in range(3):
+        following._follow()
+    assert registry.waits == [serving.SOON, serving.SOON, serving.AGAIN, serving.AGAIN]
+    named = {"registry": "Production_Reg", "version": 3, "acc": 0.9}
+    following._follow()
+    assert registry.waits[-1] == serving.SOON
+    assert following.trouble == ""
+    monkeypatch.setattr(serving, "BEHIND_AFTER", 0)
+    following._follow()
+    assert following.trouble.startswith("Version 3 is in production, but cannot be loaded")
 
 
 def test_model_that_cannot_be_loaded_is_said_and_tried_again(tmp_path, model_folder, monkeypatch):

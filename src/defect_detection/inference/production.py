@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 FETCH = "defect_detection.inference.fetch"  # the module that the child process runs
 ASK_EVERY = 60  # seconds, while a folder is watched
-ASK_AT_MOST_EVERY = 5  # seconds, if the alias is known to have moved
 ANSWER_WITHIN = 120  # seconds
 
 
@@ -125,8 +124,7 @@ class Production:
     def moved(self) -> bool:
         """Ask again from time to time, without waiting; return whether `current` changed."""
         if self._child is None:
-            if time.monotonic() - self._asked >= self._every:
-                self._ask()
+            self.ask(self._every)
             return False
         late = time.monotonic() - self._asked > ANSWER_WITHIN
         if self._child.poll() is None and not late:
@@ -140,10 +138,15 @@ class Production:
             self._lost = True
         return self.current().folder != before.folder
 
-    def ask(self) -> None:
-        """Ask now, unless the registry was asked just now; `moved` tells what it says."""
-        if self._child is None and time.monotonic() - self._asked >= ASK_AT_MOST_EVERY:
+    def ask(self, after: float) -> bool:
+        """Ask if the registry was not asked for some seconds; return whether it is asked now.
+
+        `moved` tells what it says.
+        """
+        due = self._child is None and time.monotonic() - self._asked >= after
+        if due:
             self._ask()
+        return due
 
     def put_back(self) -> None:
         """Go on with the version before, whose model is still loaded; `moved` tells anew."""

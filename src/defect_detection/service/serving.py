@@ -16,6 +16,7 @@ from defect_detection.service.health import StoreWatch
 log = logging.getLogger("api")
 
 LOOK_EVERY = 0.25  # seconds between two looks at what the store says
+SOON = 5  # seconds after which the registry is asked again, if the alias moved
 AGAIN = 60  # seconds after which a model that could not be loaded is tried again
 MOST_WAITING = 32  # calls with images at a time
 PATIENCE = 20  # seconds that a call waits for one
@@ -45,7 +46,7 @@ class Serving:
         self.model: NamedModel | None = None
         self.trouble = "The model is being loaded"
         self._make, self._store = make, store
-        self._asked_for: int | None = None  # the version of which the registry was asked early
+        self._asked_for: int | None = None  # the other version of which the registry was asked last
         self._other_since = math.inf
         self._production: Production | None = None
         self._cores = threading.BoundedSemaphore(os.cpu_count() or 1)
@@ -108,9 +109,9 @@ class Serving:
                 self.model = NamedModel.in_production(self._production)
             elif self._production.moved():
                 self.model = self.model.followed(self._production)
-            elif (other := self._other()) and other != self._asked_for:
-                self._asked_for = other  # once; Production itself asks every minute
-                self._production.ask()
+            elif other := self._other():
+                if self._production.ask(AGAIN if other == self._asked_for else SOON):
+                    self._asked_for = other
             self.trouble = self._behind()
         except PipelineError as error:
             self._give_up(NOTHING if self._store_is_empty() else str(error))
