@@ -72,7 +72,7 @@ def main() -> None:
     serving = Serving(asking, store)
     serving.begin()
     command = [sys.executable, str(ROOT / "re_train" / "re_train.py")]
-    folder = settings.from_root(env.get("LINE_PATH", config.paths.line))
+    folder = settings.line_folder(env, config)
     inbox = Inbox(settings.from_root(env.get("DATA_PATH", configured.paths.data_path)))
     line = config.line
     backend = Backend(
@@ -80,7 +80,7 @@ def main() -> None:
         jobs=Jobs(settings.from_root(options.jobs), command, ROOT, options.time_limit, environment),
         store=store,
         serving=serving,
-        log=VerdictLog(folder, Rules(line.part_id, line.audit_share, line.keep)),
+        log=VerdictLog(folder, Rules.of(line)),
         verdicts=Verdicts(folder, line.shifts),
         inbox=inbox,
         changes=Changes(folder),

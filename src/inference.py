@@ -175,10 +175,11 @@ def verdict_log(options: Namespace) -> "VerdictLog":
 
     A small PC at the line may have none, or only requirements-line.txt, which cannot read it.
     """
+    from defect_detection import retention
     from defect_detection.inference.verdict_log import Rules, VerdictLog
 
     here = Path(__file__).resolve().parent
-    usual = partial(VerdictLog, here.parent / ".line", Rules())
+    usual = partial(VerdictLog, here.parent / retention.FOLDER, Rules())
     if options.model and not options.config and not (here / "config.yaml").exists():
         return usual()
     try:
@@ -189,9 +190,7 @@ def verdict_log(options: Namespace) -> "VerdictLog":
         return usual()
     from defect_detection import settings
 
-    line = config.line
-    folder = settings.from_root(env.get("LINE_PATH", config.paths.line))
-    return VerdictLog(folder, Rules(line.part_id, line.audit_share, line.keep))
+    return VerdictLog(settings.line_folder(env, config), Rules.of(config.line))
 
 
 def finish(verdicts: "VerdictLog") -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from flask.testing import FlaskClient
@@ -40,7 +41,7 @@ def backend(
     if model is not None:
         serving.model, serving.trouble = NamedModel.load(MODEL, str(model)), ""
     line = Line()
-    rules = rules or Rules(line.part_id, 0.0, line.keep)
+    rules = rules or replace(Rules.of(line), audit_share=0.0)
     inbox = Inbox(folder / "data")
     return Backend(
         access=Access(tokens or {}, "0123456789abcdef" * 4, line.shifts),

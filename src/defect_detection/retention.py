@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+FOLDER = ".line"  # of what is kept of the line, if nothing names another
+
 
 @dataclass(frozen=True)
 class Retention:

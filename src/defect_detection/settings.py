@@ -17,7 +17,7 @@ from dotenv.parser import parse_stream
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from defect_detection import PipelineError, strict_yaml, uris
+from defect_detection import PipelineError, retention, strict_yaml, uris
 from defect_detection.retention import Retention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,6 @@ LOCAL_SUFFIX = ".local"  # of the file beside .env that git ignores
 STORE = "sqlite:///mlflow.db"
 API_PORT = 5001
 JOBS_PATH = ".jobs"
-LINE_PATH = ".line"
 Quantize = Literal["none", "float16", "int8"]  # how the served model's weights are stored
 Color = Literal["auto", "grey"]  # auto keeps the colour of images that have it
 Head = Literal["map", "wide", "good"]  # what a model makes its verdict from
@@ -63,7 +62,7 @@ class Paths:
     data_path: Name
     best_model: Name
     cache: Name
-    line: Name = LINE_PATH
+    line: Name = retention.FOLDER
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -550,6 +549,11 @@ def device(env: Mapping[str, str]) -> str:
 def from_root(path: str | Path) -> Path:
     """Make a path absolute; a relative one counts from the project's root."""
     return (ROOT / path).resolve()
+
+
+def line_folder(env: Mapping[str, str], config: Config) -> Path:
+    """Return the folder of the verdict log: the variable LINE_PATH, then the configuration's."""
+    return from_root(env.get("LINE_PATH", config.paths.line))
 
 
 def tracking_uri(env: Mapping[str, str]) -> str:

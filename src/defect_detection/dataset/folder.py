@@ -193,7 +193,11 @@ class DataFolder:
                 )
             if named[name] == side:
                 found.append(path)
-        return sorted(found, key=lambda path: CLASSES.index(self.class_of(self.relative(path))))
+        return self.by_class(found)
+
+    def by_class(self, paths: list[Path]) -> list[Path]:
+        """Return images sorted by class, otherwise in their order."""
+        return sorted(paths, key=lambda path: CLASSES.index(self.class_of(self.relative(path))))
 
     def images_in(self, side: str) -> list[Path]:
         """Return the images in the folder of a side, "" for this one, sorted by class, then path.

@@ -181,10 +181,7 @@ def _with_field(folder: DataFolder, every: list[Dataset], use: FieldUse) -> Spli
         staying, joining = field.learned_from(training, approved, sides)
         if joining:
             log.info("%d approved images from the line join the training images", len(joining))
-            files = sorted(
-                staying + joining,
-                key=lambda path: CLASSES.index(folder.class_of(folder.relative(path))),
-            )
+            files = folder.by_class(staying + joining)
             joined = decoded.decode(folder, files, training.side, training.format)
             photographs = np.array([numbers[path] for path in joined.paths], int)
             training = Dataset(**vars(joined), photographs=photographs)

@@ -59,8 +59,12 @@ class Row:
 
     def coloured(self) -> str:
         """Return the row in a line, in the colour of its verdict for a terminal."""
-        colour = "review" if self.review and self.verdict in ("defect", "ok") else self.verdict
-        return f"\033[{COLOURS[colour]}m{self}\033[0m"
+        return f"\033[{COLOURS[kind(self.verdict, self.review)]}m{self}\033[0m"
+
+
+def kind(verdict: str, review: bool) -> str:
+    """Return how a verdict is shown: as itself, or as "review" if it is near the threshold."""
+    return "review" if review and verdict in ("defect", "ok") else verdict
 
 
 # As terminals number them: red, green, yellow, magenta.

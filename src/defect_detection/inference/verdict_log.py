@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from defect_detection.inference.judge import Judged
+    from defect_detection.settings import Line
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,9 @@ COLUMNS = (
     *("reason", "model", "milliseconds", "sha256", "written", "waits", "settled"),
 )
 INSERT = (
-    f"INSERT INTO verdicts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
+    f"INSERT INTO verdicts ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)}) "
     f"ON CONFLICT (path, written, sha256) WHERE path IS NOT NULL DO NOTHING"
 )
-Waits = Literal["", "band", "unknown", "error", "audit"]
-
-
 # What the disk is to blame for, and not a verdict. SQLite's other errors are subclasses of
 # DatabaseError, which itself says that the file is no database, or damaged.
 DISK = (sqlite3.OperationalError, OSError, OtherSchema)
@@ -97,6 +95,11 @@ class Rules:
     audit_share: float = 0.02
     keep: Retention = Retention()
 
+    @classmethod
+    def of(cls, line: "Line") -> "Rules":
+        """Return what the configuration says."""
+        return cls(line.part_id, line.audit_share, line.keep)
+
     def part_of(self, name: str) -> str:
         """Return the id of the part in the name of an image's file, "" if it has none."""
         found = re.search(self.part_id, name[:LONGEST_NAME])
@@ -109,7 +112,7 @@ class Rules:
 class _Entry:
     """A verdict on its way to the file."""
 
-    values: tuple[object, ...]
+    row: dict[str, object]  # by the names of the columns
     thumbnail: bytes | None
     evidence: "np.ndarray | None"
     aspect: float | None
@@ -148,11 +151,11 @@ class VerdictLog:
         log keeps.
         """
         entries = [
-            self._entry(one, origin)
+            None if self._too_old(origin) else self._entry(one, origin)
             for one, origin in zip(judged, origins, strict=True)
-            if not self._too_old(origin)
         ]
-        for entry in entries:
+        new = [entry for entry in entries if entry is not None]
+        for entry in new:
             with self._changed:
                 # A busy disk is waited for, a broken one is not.
                 self._changed.wait_for(self._has_room, ROOM_WITHIN)
@@ -161,10 +164,9 @@ class VerdictLog:
                     self._drop_surplus()
                 self._changed.notify_all()
         deadline = time.monotonic() + (0 if self.trouble else ANSWER_WITHIN)
-        for entry in entries:
+        for entry in new:
             entry.done.wait(max(0, deadline - time.monotonic()))
-        ids = iter([entry.id for entry in entries])
-        return [None if self._too_old(origin) else next(ids) for origin in origins]
+        return [None if entry is None else entry.id for entry in entries]
 
     def flush(self, seconds: float) -> int:
         """Wait until all is written, for some seconds at most; return how many are not."""
@@ -187,29 +189,35 @@ class VerdictLog:
 
     def _entry(self, judged: "Judged", origin: Origin) -> _Entry:
         content, name, verdict = judged.content, judged.name, judged.verdict
-        waits: Waits = ""
+        waits = ""
         if verdict.verdict in ("unknown", "error"):
-            waits = verdict.verdict  # type: ignore[assignment]
+            waits = verdict.verdict
         elif verdict.review:
             waits = "band"
         elif verdict.verdict == "ok" and self._chance.random() < self.rules.audit_share:
             waits = "audit"
-        values = (
-            *(time.time(), origin.source, printable(name, LONGEST_NAME), _text(origin.path)),
-            *(self.rules.part_of(name), verdict.verdict, verdict.probability),
-            *(judged.model.classifier.point.threshold, verdict.review),
-            *(printable(verdict.reason, LONGEST_REASON), printable(judged.model.name)),
-            *(
-                judged.milliseconds,
-                hashlib.sha256(content).hexdigest(),
-                _integer(origin.written),
-                waits,
-                0,
-            ),
-        )
-        takes = judged.model.classifier.takes
+        classifier = judged.model.classifier
+        takes = classifier.takes
+        row = {
+            "at": time.time(),
+            "source": origin.source,
+            "name": printable(name, LONGEST_NAME),
+            "path": _text(origin.path),
+            "part": self.rules.part_of(name),
+            "verdict": verdict.verdict,
+            "probability": verdict.probability,
+            "threshold": classifier.point.threshold,
+            "review": verdict.review,
+            "reason": printable(verdict.reason, LONGEST_REASON),
+            "model": printable(judged.model.name),
+            "milliseconds": judged.milliseconds,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "written": _integer(origin.written),
+            "waits": waits,
+            "settled": False,
+        }
         return _Entry(
-            values,
+            row,
             _thumbnail(content, judged),
             judged.evidence_levels(),
             takes.width / takes.height if takes.fit == "letterbox" else None,
@@ -225,14 +233,11 @@ class VerdictLog:
             held -= len(entry.content)
             entry.content = b""
         while len(self._waiting) > MOST_WAITING:
-            self._lose(self._waiting.popleft())
-
-    def _lose(self, entry: _Entry) -> None:
-        entry.done.set()
-        self.unlogged += 1
-        if not self._said_lost:
-            log.warning("Verdicts are lost for the log: %s", self.trouble)
-        self._said_lost = True
+            self._waiting.popleft().done.set()
+            self.unlogged += 1
+            if not self._said_lost:
+                log.warning("Verdicts are lost for the log: %s", self.trouble)
+            self._said_lost = True
 
     def _write_all(self) -> None:
         while True:
@@ -246,9 +251,8 @@ class VerdictLog:
             except DISK as error:
                 self._say_trouble(error)
                 left = batch
-            except Exception as error:  # one that cannot be written must not stop the others
-                log.exception("A verdict cannot be logged")
-                left = self._one_by_one(batch, error)
+            except Exception:  # one that cannot be written must not stop the others
+                left = self._one_by_one(batch)
             with self._changed:
                 self._waiting.extendleft(reversed(left))
                 self._writing = 0
@@ -256,26 +260,23 @@ class VerdictLog:
                     self._drop_surplus()
                 else:
                     self._say_recovered()
-                for entry in batch if not left else ():
+                for entry in batch[: len(batch) - len(left)]:
                     entry.done.set()
                 self._changed.notify_all()
             if left:
                 time.sleep(AGAIN)
 
-    def _one_by_one(self, batch: list[_Entry], error: Exception) -> list[_Entry]:
+    def _one_by_one(self, batch: list[_Entry]) -> list[_Entry]:
         """Write the verdicts of a batch singly, without those that fail; return what is left."""
-        if len(batch) == 1:
-            self.trouble = self.trouble or repr(error)
-            self._lose(batch[0])
-            return []
         for place, entry in enumerate(batch):
             try:
                 self._write([entry])
-                entry.done.set()
-            except DISK:
+            except DISK as error:
+                self._say_trouble(error)
                 return batch[place:]
-            except Exception as again:
-                self._one_by_one([entry], again)
+            except Exception:
+                log.exception("A verdict cannot be logged")
+                self.unlogged += 1
         return []
 
     def _say_trouble(self, error: Exception) -> None:
@@ -323,11 +324,10 @@ class VerdictLog:
 
     @staticmethod
     def _insert(connection: sqlite3.Connection, entry: _Entry) -> int | None:
-        made = connection.execute(INSERT, entry.values)
+        made = connection.execute(INSERT, entry.row)
         if not made.rowcount:  # a watched file that was logged before
             return None
         number, evidence = made.lastrowid, entry.evidence
-        of = dict(zip(COLUMNS, entry.values, strict=True))
         shape = (None, None) if evidence is None else evidence.shape
         packed = None if evidence is None else evidence.tobytes()
         connection.execute(
@@ -335,11 +335,11 @@ class VerdictLog:
             (number, entry.thumbnail, packed, *shape, entry.aspect),
         )
         connection.execute(
-            "INSERT INTO images VALUES (?, ?, ?)", (number, bool(of["waits"]), entry.content)
+            "INSERT INTO images VALUES (?, ?, ?)", (number, bool(entry.row["waits"]), entry.content)
         )
         connection.execute(
             "INSERT INTO totals VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET count = count + 1",
-            (of["source"], of["verdict"]),
+            (entry.row["source"], entry.row["verdict"]),
         )
         return number
 

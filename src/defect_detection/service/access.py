@@ -68,7 +68,6 @@ class Caller:
         role: what the caller may do.
         name: of a person who signed in, else "".
         described: name, address, right and program, for records.
-        signed_in: whether a cookie says so.
         why_not_more: why the role is not higher.
         by_token: whether the call bears a token.
     """
@@ -76,9 +75,18 @@ class Caller:
     role: Role
     name: str
     described: str
-    signed_in: bool
     why_not_more: str
     by_token: bool = False
+
+    @property
+    def signed_in(self) -> bool:
+        """Whether a cookie says who it is."""
+        return bool(self.name)
+
+    @property
+    def known_as(self) -> str:
+        """What stands beside labels: the name of a person, else the description."""
+        return self.name or self.described
 
 
 class Access:
@@ -122,9 +130,8 @@ class Access:
         """Let the current call through, or end it with 401 or 403 and the reason."""
         view = current_app.view_functions.get(request.endpoint or "")
         reads = request.method in READING
-        needed = getattr(view, "needs", Role.VIEWER if reads else Role.ENGINEER)
-        if view is None:
-            needed = Role.NOBODY
+        usual = Role.NOBODY if view is None else Role.VIEWER if reads else Role.ENGINEER
+        needed = getattr(view, "needs", usual)
         request.max_content_length = getattr(view, "largest_body", LARGEST_BODY)
         g.caller = caller = self._caller(needed)
         if caller.role >= needed:
@@ -174,15 +181,15 @@ class Access:
         # A token is looked at only where it matters, and other kinds of headers are a proxy's.
         if header.startswith("Bearer ") and self._tokens and needed > anyone:
             by_token = self._role_of(header.removeprefix("Bearer "))
-            return Caller(by_token, "", _described("token"), False, why, by_token=True)
+            return Caller(by_token, "", _described("token"), why, by_token=True)
         name = str(session.get("name", ""))
         if name and float(session.get("until", 0)) > time.time():
             proof = str(session.get("proof", ""))
             if proof:  # of a token; a token that was changed since proves nothing
                 role = self._proven(proof)
             if role > Role.NOBODY:
-                return Caller(role, name, f"{name}, {_described('sign-in')}", True, why)
-        return Caller(max(role, anyone), "", _described("this machine"), False, why)
+                return Caller(role, name, f"{name}, {_described('sign-in')}", why)
+        return Caller(max(role, anyone), "", _described("this machine"), why)
 
     def _by_machine(self) -> tuple[Role, str]:
         """Return the role of a caller without a token, and why it is no higher."""

@@ -88,7 +88,7 @@ def _page(backend: Backend) -> str:
 
 def _decide(backend: Backend, label_id: str, decision: str) -> str:
     """Carry a decision out for one label; return why it was refused, "" if it was not."""
-    by = str(g.caller.name or g.caller.described)
+    by = g.caller.known_as
     try:
         with backend.changes.recorded(g.caller.described, decision, label=label_id):
             if decision == "reject":

@@ -1,18 +1,19 @@
 """The line's page, to be read from three metres."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from flask import Blueprint, Response, jsonify, render_template
 
+from defect_detection import PipelineError
 from defect_detection.service.backend import Backend
 from defect_detection.service.sampled import sampled_now
-from defect_detection.service.verdicts import Logged
+from defect_detection.service.verdicts import WORST_FIRST, Logged
 
 STRIP = 20  # verdicts that are shown
 WORDS = {"defect": "Defect", "ok": "OK", "unknown": "Unknown", "error": "Unreadable"}
-WORST_FIRST = ("defect", "review", "error", "unknown", "ok")  # of the images of a part
 REASONS = {
     "band": "near the threshold",
     "unknown": "unlike the images of training",
@@ -61,7 +62,7 @@ def blueprint(backend: Backend) -> Blueprint:
             strip=strip,
             newest=of_newest_part(strip),
             shift=verdicts.shift(datetime.now().astimezone()),
-            escapes=sampled_now(backend).rate,
+            escapes=sampled_now(backend),
             state=state(backend, strip[0] if strip else None),
             word=word,
             words=WORDS,
@@ -99,18 +100,12 @@ def of_newest_part(strip: list[Logged]) -> Logged | None:
         return None
     part = strip[0].part
     same = [one for one in strip if part and one.part == part]
-    return min(same, key=lambda one: WORST_FIRST.index(kind(one))) if same else strip[0]
-
-
-def kind(verdict: Logged) -> str:
-    """Return the verdict, or "review" if a person decides between defect and ok."""
-    near = verdict.review and verdict.verdict in ("defect", "ok")
-    return "review" if near else verdict.verdict
+    return min(same, key=lambda one: WORST_FIRST.index(one.kind)) if same else strip[0]
 
 
 def word(verdict: Logged) -> str:
     """Return what an operator reads from afar."""
-    return "Check" if kind(verdict) == "review" else WORDS[verdict.verdict]
+    return "Check" if verdict.kind == "review" else WORDS[verdict.verdict]
 
 
 def state(backend: Backend, newest: Logged | None) -> State:
@@ -119,22 +114,29 @@ def state(backend: Backend, newest: Logged | None) -> State:
     silent = since is not None and since > backend.line.no_image_after
     model, store = backend.serving.model, backend.store.last()
     trouble = backend.serving.trouble
-    lost = backend.log.unlogged
     lights = [
         Light("Images", not silent and since is not None, _arriving(since, silent)),
         Light("Model", model is not None and not trouble, trouble or (model.name if model else "")),
         Light("Store", store.reachable, "answers" if store.reachable else "does not answer"),
     ]
-    lost += backend.log.waiting() if backend.log.trouble else 0
-    if backend.log.trouble or lost:
-        says = backend.log.trouble or "can be written again"
-        lights.append(Light("Log", False, f"{says}; {lost} verdicts are not in it"))
-    if labels := sampled_now(backend).trouble:
-        lights.append(Light("Labels", False, labels))
+    lights += _troubles(backend)
     seconds = int(since) if since is not None and silent else None
     waiting = backend.verdicts.backlog().total()
     stopped = f"Verdicts are not logged: {backend.log.trouble}" if backend.log.trouble else ""
     return State(newest.id if newest else 0, seconds, lights, waiting, stopped)
+
+
+def _troubles(backend: Backend) -> Iterator[Light]:
+    """Yield lights for what is only worth a word while it does not work."""
+    trouble = backend.log.trouble
+    lost = backend.log.unlogged + (backend.log.waiting() if trouble else 0)
+    if trouble or lost:
+        says = f"{trouble or 'can be written again'}; {lost} verdicts are not in it"
+        yield Light("Log", False, says)
+    try:
+        backend.inbox.labels()
+    except PipelineError as error:
+        yield Light("Labels", False, str(error))
 
 
 def _arriving(since: float | None, silent: bool) -> str:

@@ -102,7 +102,7 @@ def _samples(backend: Backend, found: Registry | None) -> dict[int, Rate]:
     """Return the defects among what each version passed, by the random sample."""
     if found is None:
         return {}
-    return {one.number: sampled(backend, f"{one.name}/{one.number}").rate for one in found.versions}
+    return {one.number: sampled(backend, f"{one.name}/{one.number}") for one in found.versions}
 
 
 def _registry(name: str) -> Registry:
@@ -137,7 +137,7 @@ def _why(default: str) -> str:
 
 
 def _by() -> str:
-    return f"{g.caller.described}, by the API"
+    return promotion.actor({promotion.STARTED_BY: g.caller.described})
 
 
 def _report(name: str, number: int) -> str:

@@ -28,6 +28,8 @@ from werkzeug.wrappers import Response as AnyResponse
 from defect_detection.service.access import Caller, Role, needs
 from defect_detection.service.backend import Backend
 
+log = logging.getLogger("api")
+
 HERE = Path(__file__).parent
 # Nothing comes from another host, no script or style stands in a page, no other site frames it.
 POLICY = (
@@ -42,8 +44,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 FOREVER = "private, max-age=31536000, immutable"
-log = logging.getLogger("api")
-
 NAVIGATION = (
     ("line.page", "Line"),
     ("review.page", "Review"),
@@ -51,6 +51,7 @@ NAVIGATION = (
     ("models.page", "Models"),
     ("job_pages.page", "Jobs"),
 )
+PAGES = [endpoint for endpoint, _ in NAVIGATION]
 
 
 def attach(app: Flask, backend: Backend) -> None:
@@ -103,11 +104,8 @@ def _to_sign_in(wanted: str, why: str) -> AnyResponse:
 
 def _caller() -> Caller:
     """Return the current caller; nobody while it is not known who calls."""
-    caller: Caller = g.get("caller", Caller(Role.NOBODY, "", "", False, ""))
+    caller: Caller = g.get("caller", Caller(Role.NOBODY, "", "", ""))
     return caller
-
-
-PAGES = [endpoint for endpoint, _ in NAVIGATION]
 
 
 @cache

@@ -10,7 +10,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from pydantic import BaseModel, Field
 
 from defect_detection.inference.judge import HEATMAP_SIDE, Item, Judged
-from defect_detection.inference.verdict_log import Origin, VerdictLog
+from defect_detection.inference.verdict_log import LONGEST_NAME, Origin, VerdictLog
 from defect_detection.names import printable
 from defect_detection.runtime import heatmap, preprocessing
 from defect_detection.runtime.classifier import VerdictName
@@ -18,9 +18,9 @@ from defect_detection.service.access import Role, needs, takes
 from defect_detection.service.refusal import refusals
 from defect_detection.service.serving import NotServing, Serving
 
+PATH = "/predict"
 LARGEST_BODY = 32 * 1024 * 1024  # bytes
 MOST_IMAGES = 64  # in a call
-LONGEST_NAME = 200  # characters of a file's name
 FIELD = "image"  # the name of the files in a form, though others are taken too
 
 BODY = {
@@ -95,7 +95,7 @@ def blueprint(serving: Serving, verdicts: VerdictLog) -> APIBlueprint:
     calls = APIBlueprint("predict", __name__, abp_tags=[Tag(name="verdicts")])
 
     @calls.post(
-        "/predict",
+        PATH,
         summary="Judge images",
         openapi_extensions=BODY,
         responses={**refusals(413, 503), 200: Predictions, 422: NoVerdict},

@@ -1,12 +1,11 @@
 """The review queue: what waits for a person, one image after the other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container
 
 from flask import Blueprint, abort, g, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from defect_detection.dataset.inbox import ANSWERS, Label, Seen, same_image
+from defect_detection.dataset.inbox import ANSWERS, Seen, same_image
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
 from defect_detection.service.line import REASONS, WORDS
@@ -17,19 +16,6 @@ from defect_detection.service.verdicts import Logged
 AHEAD = 3  # images that a browser loads before they are needed
 LOOKED_AT = 8  # verdicts at the head of the queue
 ANSWER_WORDS = {"def_front": "defect", "ok_front": "good", "cannot_tell": "can't tell"}
-
-
-@dataclass(frozen=True)
-class Last:
-    """What the person labelled last.
-
-    Attributes:
-        label: that was given.
-        undo: whether it can be taken back.
-    """
-
-    label: Label
-    undo: bool
 
 
 def blueprint(backend: Backend) -> Blueprint:
@@ -66,11 +52,7 @@ def blueprint(backend: Backend) -> Blueprint:
 
 
 def _label(backend: Backend, number: int, answer: str, blind: bool) -> None:
-    name = _name()
-    try:
-        verdict = backend.verdicts.one(number)
-    except KeyError:
-        abort(404, f"There is no verdict {number} in the log any more")
+    name, verdict = _name(), _find(backend, number)
     content = backend.verdicts.content(number)
     if content is None:
         backend.verdicts.settle(number, True)  # nobody can judge it any more
@@ -101,36 +83,39 @@ def _page(backend: Backend, wanted: int | None) -> str:
 
 
 def _part(backend: Backend, wanted: int | None) -> str:
-    labels = backend.inbox.labels()
-    waiting = _waiting(backend, labels)
-    verdict = _wanted(backend, wanted) or next(iter(waiting), None)
+    mine = [one for one in backend.inbox.labels() if one.by == _name()]
+    labelled = {(one.verdict_id, one.content): one for one in mine}
+    waiting = _waiting(backend, labelled)
+    verdict = _find(backend, wanted) if wanted is not None else next(iter(waiting), None)
     return render_template(
         "review_part.html",
         verdict=verdict,
         ahead=[one for one in waiting if verdict is None or one.id != verdict.id][:AHEAD],
         backlog=backend.verdicts.backlog(),
-        last=_last(backend),
-        mine=_mine(labels, verdict),
+        last=mine[-1] if mine else None,
+        mine=labelled.get(_key(verdict)) if verdict is not None else None,
         blind=_blind(),
-        escapes=sampled_now(backend).rate,
+        escapes=sampled_now(backend),
         words=WORDS,
         reasons=REASONS,
         answers=ANSWER_WORDS,
     )
 
 
-def _waiting(backend: Backend, labels: Sequence[Label]) -> list[Logged]:
+def _waiting(backend: Backend, labelled: Container[tuple[str, str]]) -> list[Logged]:
     """Return what waits for this person, the oldest first.
 
     What cannot be labelled any more is taken out: its image is not kept, or the label of this
     person could not be noted in the log.
+
+    Args:
+        backend: has the log.
+        labelled: the keys of the verdicts that this person has labelled.
     """
     while True:
         found = backend.verdicts.waiting(LOOKED_AT)
         done = [
-            one
-            for one in found
-            if _mine(labels, one) is not None or not backend.verdicts.has_image(one.id)
+            one for one in found if _key(one) in labelled or not backend.verdicts.has_image(one.id)
         ]
         for one in done:
             backend.verdicts.settle(one.id, True)
@@ -138,28 +123,17 @@ def _waiting(backend: Backend, labels: Sequence[Label]) -> list[Logged]:
             return found
 
 
-def _wanted(backend: Backend, number: int | None) -> Logged | None:
-    if number is None:
-        return None
+def _key(verdict: Logged) -> tuple[str, str]:
+    """Return by what labels name a verdict; its number alone may be that of a former log."""
+    return str(verdict.id), verdict.sha256
+
+
+def _find(backend: Backend, number: int) -> Logged:
+    """Return a verdict; end the call with 404 if there is none."""
     try:
         return backend.verdicts.one(number)
     except KeyError:
         abort(404, f"There is no verdict {number} in the log any more")
-
-
-def _mine(labels: Sequence[Label], verdict: Logged | None) -> Label | None:
-    """Return this person's label of an image, None if there is none."""
-    if verdict is None:
-        return None
-    for one in labels:
-        if (one.by, one.verdict_id, one.content) == (_name(), str(verdict.id), verdict.sha256):
-            return one
-    return None
-
-
-def _last(backend: Backend) -> Last | None:
-    mine = [one for one in backend.inbox.labels() if one.by == _name()]
-    return Last(mine[-1], mine[-1].state == "waiting") if mine else None
 
 
 def _blind() -> bool:
@@ -170,4 +144,4 @@ def _name() -> str:
     """Return who labels: a person who signed in, or a program; end the call if nobody did."""
     if not g.caller.name and not g.caller.by_token:
         abort(401, "Your sign-in has ended. Sign in, so that your name stands beside the label")
-    return str(g.caller.name or g.caller.described)
+    return str(g.caller.known_as)

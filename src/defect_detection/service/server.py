@@ -21,7 +21,6 @@ from defect_detection.service.access import LARGEST_BODY
 log = logging.getLogger("api")
 
 THREADS = 40  # a call with ?wait=true holds one while its job runs, one with images waits
-PREDICT = "/predict"
 MOST_CONNECTIONS = 512
 FILES_PER_CONNECTION = 3  # the socket, and two for what is too large for the memory
 PATIENCE = 20  # seconds in which a call must arrive whole; then, between two calls
@@ -43,7 +42,7 @@ class Call(HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:
             raise ParsingError("Malformed address") from error
-        if self.path != PREDICT and (self.content_length or self.chunked):
+        if self.path != predict.PATH and (self.content_length or self.chunked):
             limits = copy.copy(self.adj)
             limits.max_request_body_size = 64 * LARGEST_BODY
             self.adj = limits

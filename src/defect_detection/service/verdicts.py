@@ -16,15 +16,13 @@ import numpy as np
 
 from defect_detection import PipelineError
 from defect_detection.evaluation.metrics import Rate
-from defect_detection.inference import verdict_file
+from defect_detection.inference import rows, verdict_file
 from defect_detection.service import shifts
 
-LOCKED = 1.0  # seconds that a query waits for a writer
 OPEN = "waits != '' AND NOT settled"  # as the index `waiting` has it
-# Of the verdicts on several images of one part, the first of these counts.
-WORST_FIRST = ("defect", "error", "unknown", "ok")
+# Of the verdicts on several images of one part, the first of these counts; "review" as in `kind`.
+WORST_FIRST = ("defect", "review", "error", "unknown", "ok")
 BLOCK = 5_000  # verdicts that are counted at a time
-LARGEST_ID = 2**63  # of SQLite
 COUNT_EVERY = 0.5  # seconds between two counts of what waits
 
 
@@ -51,6 +49,11 @@ class Logged:
     sha256: str
     waits: str
     settled: bool
+
+    @property
+    def kind(self) -> str:
+        """How it is shown: as itself, or as "review" if a person decides between defect and ok."""
+        return rows.kind(self.verdict, self.review)
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,12 @@ class Verdicts:
         """Return the newest verdicts, the newest first."""
         return self._select("1 ORDER BY id DESC LIMIT ?", most)
 
-    def after(self, number: int, most: int) -> list[Logged]:
-        """Return the newest verdicts after one, the newest first."""
-        return self._select("id > ? ORDER BY id DESC LIMIT ?", number, most)
-
     def one(self, number: int) -> Logged:
         """Return a verdict.
 
         Raises:
             KeyError: there is none of that id.
         """
-        if number >= LARGEST_ID:
-            raise KeyError(number)
         for found in self._select("id = ?", number):
             return found
         raise KeyError(number)
@@ -145,8 +142,8 @@ class Verdicts:
         """
         counted, found = self._backlog
         if time.monotonic() - counted > COUNT_EVERY:
-            rows = self._query(f"SELECT waits, count(*) FROM verdicts WHERE {OPEN} GROUP BY waits")
-            found = Counter(dict(rows))
+            counting = f"SELECT waits, count(*) FROM verdicts WHERE {OPEN} GROUP BY waits"
+            found = Counter(dict(self._query(counting)))
             self._backlog = time.monotonic(), found
         return found
 
@@ -160,12 +157,12 @@ class Verdicts:
         Raises:
             KeyError: there is none of that id.
         """
-        rows = number < LARGEST_ID and self._query(
+        found = self._query(
             "SELECT thumbnail, evidence, height, width, aspect FROM views WHERE id = ?", number
         )
-        if not rows:
+        if not found:
             raise KeyError(number)
-        thumbnail, evidence, height, width, aspect = rows[0]
+        thumbnail, evidence, height, width, aspect = found[0]
         levels = None
         if evidence is not None:
             levels = np.frombuffer(evidence, np.uint8).reshape(height, width) / np.float32(255)
@@ -177,8 +174,8 @@ class Verdicts:
 
     def content(self, number: int) -> bytes | None:
         """Return the content of an image's file, None if it is kept no longer."""
-        rows = self._query("SELECT content FROM images WHERE id = ?", number)
-        return bytes(rows[0][0]) if rows else None
+        found = self._query("SELECT content FROM images WHERE id = ?", number)
+        return bytes(found[0][0]) if found else None
 
     def settle(self, number: int, settled: bool) -> None:
         """Take a verdict out of what waits for a person, or put it back.
@@ -187,7 +184,7 @@ class Verdicts:
             Unreadable: the log cannot be written.
         """
         try:
-            with closing(verdict_file.connect(self.file, LOCKED)) as connection:
+            with closing(verdict_file.connect(self.file)) as connection:
                 connection.execute(
                     "UPDATE verdicts SET settled = ? WHERE id = ?", (settled, number)
                 )
@@ -210,45 +207,46 @@ class Verdicts:
             if (self._count.began, self._count.file) != (began, here):
                 self._count = _Count(began, here, self._before(began))
             count = self._count
-            while rows := self._query(
+            while more := self._query(
                 "SELECT id, part, verdict, waits FROM verdicts WHERE id > ? ORDER BY id LIMIT ?",
                 *(count.last, BLOCK),
             ):
-                count.add(rows)
+                count.add(more)
             return count.shift()
 
     def _before(self, began: float) -> int:
         """Return the id before the first verdict since a moment."""
-        rows = self._query(
+        found = self._query(
             "SELECT coalesce((SELECT min(id) FROM verdicts WHERE at >= ?) - 1, "
             "(SELECT max(id) FROM verdicts), 0)",
             began,
         )
-        return int(rows[0][0]) if rows else 0
+        return int(found[0][0]) if found else 0
 
     def _select(self, where: str, *values: object) -> list[Logged]:
-        rows = self._query(f"SELECT {_COLUMNS} FROM verdicts WHERE {where}", *values)
-        return [_logged(row) for row in rows]
+        found = self._query(f"SELECT {_COLUMNS} FROM verdicts WHERE {where}", *values)
+        return [_logged(row) for row in found]
 
     def _query(self, text: str, *values: object) -> list[Any]:
-        if not self.file.exists():
+        here = verdict_file.identity(self.file)
+        if here is None:
             return []
         try:
-            with self._connection() as connection:
+            with self._connection(here) as connection:
                 return connection.execute(text, values).fetchall()
+        except OverflowError:  # an id that SQLite cannot hold
+            return []
         except (sqlite3.Error, verdict_file.OtherSchema, OSError) as error:
             raise Unreadable(f"{self.file}: cannot be read ({error})") from error
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Lend this thread's connection; a new one if the file is another, or gave an error."""
-        status = self.file.stat()
-        identity = status.st_dev, status.st_ino
+    def _connection(self, identity: tuple[int, int]) -> Iterator[sqlite3.Connection]:
+        """Lend this thread's connection to a file; a new one after another file, or an error."""
         known = getattr(self._here, "connection", None)
         if known is None or known[0] != identity:
             if known is not None:
                 known[1].close()
-            known = self._here.connection = identity, verdict_file.connect(self.file, LOCKED)
+            known = self._here.connection = identity, verdict_file.connect(self.file)
         try:
             yield known[1]
         except sqlite3.Error:
@@ -265,14 +263,14 @@ class _Count:
         self._worst: dict[str, int] = {}  # by part, the place in WORST_FIRST
         self._to_person: set[str] = set()
 
-    def add(self, rows: list[tuple[int, str, str, str]]) -> None:
-        for number, part, verdict, waits in rows:
+    def add(self, more: list[tuple[int, str, str, str]]) -> None:
+        for number, part, verdict, waits in more:
             part = part or f"\0{number}"  # without an id, each image is a part of its own
             worst = min(WORST_FIRST.index(verdict), self._worst.get(part, len(WORST_FIRST)))
             self._worst[part] = worst
             if waits:
                 self._to_person.add(part)
-        self.last = rows[-1][0]
+        self.last = more[-1][0]
 
     def shift(self) -> Shift:
         counts = Counter(self._worst.values())
