@@ -9,14 +9,8 @@ const PICTURES = 300; // milliseconds, for the pictures: the word does not wait 
 const live = document.getElementById("live");
 const said = document.getElementById("said");
 const lost = document.getElementById("lost");
-const evidence = document.getElementById("evidence");
 let shown = ""; // what decides whether the page is old
 let answered = Date.now(); // when the API answered last
-
-function fade() {
-  document.documentElement.style.setProperty("--evidence", evidence.value / 100);
-  localStorage.setItem("evidence", evidence.value);
-}
 
 async function ask(address) {
   const answer = await fetch(address, { signal: AbortSignal.timeout(PATIENCE) });
@@ -73,23 +67,8 @@ const form = document.getElementById("drop");
 const dropped = document.getElementById("dropped");
 
 async function judge(files, camera) {
-  const body = new FormData();
-  const now = new Date().toISOString().replace(/[-:]/g, "").replace("T", "-").slice(0, 15);
-  [...files].forEach((file, number) => {
-    const kind = file.name.split(".").pop();
-    body.append("image", file, camera ? `camera-${now}-${number}.${kind}` : file.name);
-  });
   dropped.textContent = "Judging …";
-  try {
-    const address = `${form.getAttribute("action")}?source=${camera ? "camera" : "predict"}`;
-    const headers = { "X-CSRFToken": form.dataset.csrf, Accept: "application/json" };
-    const answer = await fetch(address, { method: "POST", body, headers });
-    const told = await answer.json().catch(() => ({}));
-    const why = answer.status === 413 ? "At most 32 MB at a time" : `Error ${answer.status}`;
-    dropped.textContent = answer.ok ? "" : (told.message ?? why);
-  } catch {
-    dropped.textContent = "The API does not answer";
-  }
+  dropped.textContent = (await haveJudged(form, files, camera)).message ?? "";
 }
 
 form.addEventListener("change", (event) => {
@@ -102,7 +81,4 @@ addEventListener("drop", (event) => {
   if (event.dataTransfer.files.length) judge(event.dataTransfer.files, false);
 });
 
-evidence.value = localStorage.getItem("evidence") ?? evidence.value;
-evidence.addEventListener("input", fade);
-fade();
 look();

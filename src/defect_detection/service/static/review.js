@@ -5,7 +5,6 @@ const PATIENCE = 10000; // milliseconds, for an answer
 const LOOK = 400; // milliseconds for which a new image is seen before it can be judged
 const part = document.getElementById("part");
 const blind = document.getElementById("blind");
-const evidence = document.getElementById("evidence");
 const said = document.getElementById("said");
 const failed = document.getElementById("failed");
 let busy = false;
@@ -13,11 +12,6 @@ let busy = false;
 function work(now) {
   busy = now;
   part.setAttribute("aria-busy", now);
-}
-
-function fade() {
-  document.documentElement.style.setProperty("--evidence", evidence.value / 100);
-  localStorage.setItem("evidence", evidence.value);
 }
 
 function tell(message) {
@@ -101,29 +95,15 @@ blind.addEventListener("change", changeMode);
 // A part that a phone photographs is judged, and then stands here.
 const form = document.getElementById("drop");
 form.addEventListener("change", async (event) => {
-  const [file] = event.target.files;
-  if (!file) return;
+  const files = [...event.target.files];
+  if (!files.length) return;
   while (busy) await new Promise((go) => setTimeout(go, 50));
   work(true);
-  const now = new Date().toISOString().replace(/[-:]/g, "").replace("T", "-").slice(0, 15);
-  const body = new FormData();
-  body.append("image", file, `camera-${now}.${file.name.split(".").pop()}`);
-  const headers = { "X-CSRFToken": form.dataset.csrf, Accept: "application/json" };
   tell("Judging …");
-  try {
-    const address = `${form.getAttribute("action")}?source=camera`;
-    const answer = await fetch(address, { method: "POST", body, headers });
-    const told = await answer.json().catch(() => ({}));
-    const id = told.predictions?.[0]?.id;
-    if (id) location.search = `?verdict=${id}`;
-    else if (answer.status === 401) location.reload();
-    else tell(told.message ?? `The image could not be kept (${answer.status})`);
-  } catch {
-    tell("The API does not answer");
-  }
+  const told = await haveJudged(form, files, true);
+  const id = told.predictions?.[0]?.id;
+  if (id) location.search = `?verdict=${id}`;
+  else if (told.status === 401) location.reload();
+  else tell(told.message ?? "The image was judged, but could not be kept");
   work(false);
 });
-
-evidence.value = localStorage.getItem("evidence") ?? evidence.value;
-evidence.addEventListener("input", fade);
-fade();
