@@ -7,11 +7,9 @@ from flask import Blueprint, abort, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from defect_detection import PipelineError, settings
-from defect_detection.names import printable
 from defect_detection.service import retraining
 from defect_detection.service.access import Role, needs
 from defect_detection.service.backend import Backend
-from defect_detection.service.job_files import Job
 from defect_detection.settings import RetrainOverrides
 
 SHOWN = 30  # jobs
@@ -28,8 +26,10 @@ def blueprint(backend: Backend) -> Blueprint:
     def page() -> str:
         shown = jobs.all(SHOWN)
         wanted = request.args.get("job") or (shown[0].id if shown else None)
+        job = retraining.find(jobs.get, wanted) if wanted else None
+        lines = retraining.find(jobs.log, wanted).splitlines() if wanted else []
         return render_template(
-            "jobs.html", jobs=shown, job=_find(backend, wanted), output=_output(backend, wanted)
+            "jobs.html", jobs=shown, job=job, output="\n".join(lines[-LAST_LINES:])
         )
 
     @calls.post("/jobs")
@@ -63,18 +63,3 @@ def _as_json(given: dict[str, str]) -> str:
         except ValueError:
             numbers[name] = text
     return json.dumps(numbers)
-
-
-def _find(backend: Backend, job_id: str | None) -> Job | None:
-    try:
-        return backend.jobs.get(job_id) if job_id else None
-    except KeyError:
-        abort(404, f"There is no job {printable(job_id or '', 60)}")
-
-
-def _output(backend: Backend, job_id: str | None) -> str:
-    try:
-        lines = backend.jobs.log(job_id).splitlines() if job_id else []
-    except KeyError:
-        return ""
-    return "\n".join(lines[-LAST_LINES:])

@@ -77,7 +77,7 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
     def start(query: Start) -> Answer:
         job = begin(jobs, changes, _read_overrides())
         if query.wait:
-            job = _find(jobs.wait, job.id)
+            job = find(jobs.wait, job.id)
             status = 200 if job.state == "succeeded" else 500
             return jsonify(_describe(job)), status, {"Location": _address(job)}
         return jsonify(_describe(job)), 202, {"Location": _address(job)}
@@ -94,13 +94,13 @@ def blueprint(jobs: Jobs, changes: Changes) -> APIBlueprint:
         responses={**refusals(404), 200: _answer(Job)},
     )
     def one(path: JobPath) -> Answer:
-        return jsonify(_describe(_find(jobs.get, path.job_id)))
+        return jsonify(_describe(find(jobs.get, path.job_id)))
 
     @calls.get(
         "/retrain/<job_id>/log", summary="Its output", responses={**refusals(404), 200: TEXT}
     )
     def output(path: JobPath) -> Answer:
-        return Response(_find(jobs.log, path.job_id), mimetype="text/plain")
+        return Response(find(jobs.log, path.job_id), mimetype="text/plain")
 
     @calls.delete(
         "/retrain/<job_id>",
@@ -140,9 +140,9 @@ def begin(jobs: Jobs, changes: Changes, overrides: RetrainOverrides) -> Job:
 def end(jobs: Jobs, changes: Changes, job_id: str) -> Job:
     """Cancel a retraining for the current caller; end the call with 404 or 409 if that fails."""
     by = g.caller.described
-    _find(jobs.get, job_id)
+    find(jobs.get, job_id)
     with changes.recorded(by, "cancel", job=job_id):
-        job = _find(lambda known: jobs.cancel(known, by), job_id)
+        job = find(lambda known: jobs.cancel(known, by), job_id)
     if job.state == "running":
         abort(_conflict(f"The process of the job {job.id} could not be ended", job))
     return job
@@ -159,7 +159,7 @@ def _read_overrides() -> RetrainOverrides:
         abort(400, str(error))
 
 
-def _find(look_up: Callable[[str], T], job_id: str) -> T:
+def find(look_up: Callable[[str], T], job_id: str) -> T:
     """Look a job up, or end the call with 404."""
     try:
         return look_up(job_id)
