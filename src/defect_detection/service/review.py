@@ -114,12 +114,13 @@ def _waiting(backend: Backend, labelled: Container[tuple[str, str]]) -> list[Log
     """
     while True:
         found = backend.verdicts.waiting(LOOKED_AT)
-        done = [
-            one for one in found if _key(one) in labelled or not backend.verdicts.has_image(one.id)
-        ]
+        lost = [one for one in found if not backend.verdicts.has_image(one.id)]
+        done = [one for one in found if _key(one) in labelled]
+        if lost:
+            backend.verdicts.settle_without_image()
         for one in done:
             backend.verdicts.settle(one.id, True)
-        if not done:
+        if not lost and not done:
             return found
 
 

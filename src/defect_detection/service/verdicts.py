@@ -183,17 +183,21 @@ class Verdicts:
         Raises:
             Unreadable: the log cannot be written.
         """
-        try:
-            with closing(verdict_file.connect(self.file)) as connection:
-                connection.execute(
-                    "UPDATE verdicts SET settled = ? WHERE id = ?", (settled, number)
-                )
-                connection.execute(
-                    "UPDATE images SET wanted = ? WHERE id = ?", (not settled, number)
-                )
-        except (sqlite3.Error, OSError, verdict_file.OtherSchema) as error:
-            raise Unreadable(f"{self.file}: cannot be written ({error})") from error
-        self._backlog = -math.inf, Counter()
+        with self._writing() as connection:
+            connection.execute("UPDATE verdicts SET settled = ? WHERE id = ?", (settled, number))
+            connection.execute("UPDATE images SET wanted = ? WHERE id = ?", (not settled, number))
+
+    def settle_without_image(self) -> None:
+        """Take all verdicts whose image is not kept out of what waits for a person.
+
+        Raises:
+            Unreadable: the log cannot be written.
+        """
+        with self._writing() as connection:
+            connection.execute(
+                f"UPDATE verdicts SET settled = 1 WHERE {OPEN} AND NOT EXISTS "
+                "(SELECT 1 FROM images WHERE images.id = verdicts.id)"
+            )
 
     def shift_began(self) -> float:
         """Return when the present shift began, in seconds since 1970."""
@@ -238,6 +242,15 @@ class Verdicts:
             return []
         except (sqlite3.Error, verdict_file.OtherSchema, OSError) as error:
             raise Unreadable(f"{self.file}: cannot be read ({error})") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(verdict_file.connect(self.file)) as connection:
+                yield connection
+        except (sqlite3.Error, OSError, verdict_file.OtherSchema) as error:
+            raise Unreadable(f"{self.file}: cannot be written ({error})") from error
+        self._backlog = -math.inf, Counter()
 
     @contextmanager
     def _connection(self, identity: tuple[int, int]) -> Iterator[sqlite3.Connection]:
