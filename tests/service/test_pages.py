@@ -334,6 +334,10 @@ def test_pages_answer_quickly_with_a_hundred_thousand_verdicts(made):
             f"value < 100000) INSERT INTO verdicts ({columns}) SELECT "
             f"{values.replace('path,', 'NULL,')} FROM verdicts, n WHERE id = {number}"
         )
+        connection.execute(
+            "INSERT INTO images (id, wanted, content) SELECT id, 1, x'ffd8' FROM verdicts "
+            f"WHERE id != {number}"
+        )
         connection.commit()
     calls, median = sign_in(made), {}
     for page in ("/line", "/line/state", "/review"):
@@ -347,6 +351,15 @@ def test_pages_answer_quickly_with_a_hundred_thousand_verdicts(made):
     print(json.dumps(median))
     assert made.verdicts.shift(datetime.now(timezone.utc)).parts == 100_001
     assert max(median.values()) < 50, median
+    assert made.verdicts.backlog() == {"band": 100_001}
+
+    with closing(sqlite3.connect(made.verdicts.file)) as connection:
+        connection.execute(f"DELETE FROM images WHERE id != {number}")  # they made room for others
+        connection.commit()
+    started = time.perf_counter()
+    assert "p1" not in calls.get("/review").text
+    assert time.perf_counter() - started < 5
+    assert made.verdicts.backlog() == {"band": 1}
 
 
 def test_metrics_count_verdicts_calls_and_what_waits(made):
