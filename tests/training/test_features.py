@@ -37,6 +37,15 @@ def model():
     return small_cnn(TAKES.shape)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _converted_once(model):
+    """Convert the frozen layers once; it takes seconds, and they are those of every model here."""
+    content = network.frozen_to_litert(network.frozen(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "frozen_to_litert", lambda _: content)
+        yield
+
+
 def test_each_photograph_of_a_class_has_as_many_variants(pictures, model, tmp_path):
     found = features.compute(model, pictures, Sampling(200, 0, tmp_path))
     assert len(found) == 40 + 200
@@ -261,12 +270,17 @@ def test_progress_is_told(pictures, model, tmp_path):
     assert shares[-1] == 1 and len(shares) == math.ceil(140 / features.BATCH)  # nothing to do
 
 
-def test_old_files_are_deleted(pictures, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "FILES_KEPT", 1)
-    for seed in range(3):
-        last = features.compute(model, pictures, Sampling(10, seed, tmp_path))
-    assert len(list(tmp_path.iterdir())) == features.FILES_KEPT
-    assert last.path.exists()
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("room", "left"), [(0, 2), (2.5, 3), (1e9, 5)])
+def test_old_files_are_deleted(pictures, model, tmp_path, monkeypatch, room, left):
+    """The newest are kept, and more of them while they are small."""
+    monkeypatch.setattr(features, "FILES_KEPT", 2)
+    found = []
+    for seed in range(5):
+        found.append(features.compute(model, pictures, Sampling(10, seed, tmp_path)).path)
+        os.utime(found[-1], (seed, seed))
+        monkeypatch.setattr(features, "BYTES_KEPT", room * found[-1].stat().st_size)
+    assert sorted(tmp_path.iterdir()) == sorted(found[-left:])
 
 
 def test_what_was_interrupted_is_kept_for_a_day(pictures, model, tmp_path):

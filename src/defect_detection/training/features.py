@@ -7,6 +7,7 @@ that a crash or a disk has damaged may have the right size.
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import mmap
 import os
@@ -41,7 +42,7 @@ MOST_PLAIN = 1000  # images of a class without variation, for validation
 # Shares of the variants; a fit weighs both classes the same nevertheless.
 GOOD, DEFECTIVE = 0.4, 0.4  # the rest are good parts with a blemish
 GENTLE = 0.3  # share of the variants that are gentle
-FILES_KEPT = 3
+FILES_KEPT, BYTES_KEPT = 3, 500e6  # the files used last; more of them while they are small
 LAYOUT = 2  # version of the layout of a file; part of its name
 PART, PART_KEPT = ".part", 24 * 3600  # suffix of unfinished files; seconds they are kept
 
@@ -365,14 +366,22 @@ def _require_room(cache: Path, needed: int) -> None:
 
 
 def _delete_old(cache: Path) -> None:
-    """Delete all but the files used last, and unfinished files that are old."""
+    """Delete what was used longest ago, and unfinished files that are old."""
     used = {}
     for path in cache.glob("features-*"):
         with suppress(FileNotFoundError):  # another process deleted it
-            used[path] = path.stat().st_mtime
+            used[path] = path.stat()
     whole = sorted(
-        (path for path in used if path.suffix != PART), key=lambda path: used[path], reverse=True
+        (path for path in used if path.suffix != PART),
+        key=lambda path: used[path].st_mtime,
+        reverse=True,
     )
-    stale = [p for p in used if p.suffix == PART and time.time() - used[p] > PART_KEPT]
-    for old in whole[FILES_KEPT - 1 :] + stale:
-        old.unlink(missing_ok=True)
+    sizes = itertools.accumulate(used[path].st_size for path in whole)
+    old = [
+        path
+        for number, (path, size) in enumerate(zip(whole, sizes, strict=True))
+        if number >= FILES_KEPT - 1 and size > BYTES_KEPT
+    ]
+    stale = [p for p in used if p.suffix == PART and time.time() - used[p].st_mtime > PART_KEPT]
+    for path in old + stale:
+        path.unlink(missing_ok=True)
