@@ -34,7 +34,7 @@ def test_castings_are_read_learned_and_judged(castings, tmp_path):
     project = Project(tmp_path / "project")
     # The project's own model: the defects of real castings are lost at 64 pixels.
     own = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
-    one = replace(own, sets=own.sets[:1], variants=1500)
+    one = replace(own, sets=own.sets[:1], variants=300)
     project.configure(lambda config: config.update(model_parameters=asdict(one)))
     assert "come from a photograph that is also in training" in project.succeed(
         "src/train.py", "--data", castings

@@ -21,10 +21,15 @@ def cnn():
     return small_cnn(TAKES.shape)
 
 
+@pytest.fixture(scope="module")
+def converted(cnn):
+    """The LiteRT model, by what the weights are kept as."""
+    return {kind: network.to_litert(cnn, kind) for kind in QUANTIZE}
+
+
 @pytest.mark.parametrize("quantize", QUANTIZE)
-def test_each_kind_of_weights_is_converted_and_compared(cnn, quantize):
-    litert = network.to_litert(cnn, quantize)
-    served = Classifier(ServedModel(litert, TAKES)).probabilities(PICTURES)
+def test_each_kind_of_weights_is_converted_and_compared(cnn, converted, quantize):
+    served = Classifier(ServedModel(converted[quantize], TAKES)).probabilities(PICTURES)
     found = parity.compare(cnn, PICTURES, served, ())
     assert found.of == 100
     assert found.within(quantize)
@@ -33,8 +38,8 @@ def test_each_kind_of_weights_is_converted_and_compared(cnn, quantize):
     assert quantize == "none" or found.largest > 1e-6  # it is not the same model again
 
 
-def test_weights_that_are_kept_smaller_make_a_smaller_file(cnn):
-    sizes = {kind: len(network.to_litert(cnn, kind)) for kind in QUANTIZE}
+def test_weights_that_are_kept_smaller_make_a_smaller_file(converted):
+    sizes = {kind: len(content) for kind, content in converted.items()}
     assert sizes["none"] > sizes["float16"] > sizes["int8"]
 
 

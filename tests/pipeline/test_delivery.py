@@ -1,10 +1,7 @@
 """Trainings during which MLflow does not answer: nothing that was fitted is lost."""
 
 import json
-import os
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from conftest import SETS, Project, draw_folders, free_port, wait_for
+from conftest import SETS, Project, TrackingServer, draw_folders
 from defect_detection import StoreError
 from defect_detection.pipeline import delivery, journal, record
 from defect_detection.pipeline.delivery import Purpose
@@ -29,6 +26,7 @@ def training(project):
     """A project that fits two sets in seconds."""
     draw_folders(project.data, train=40, test=8)
     project.configure_sets(*SETS[:2])
+    project.make_store()
     return project
 
 
@@ -101,8 +99,6 @@ def lock_until_it_is_said(running: Training, project: Project) -> None:
 
 def test_retraining_goes_on_and_is_evaluated_while_the_store_is_locked(training):
     uri = f"sqlite:///{training.root / 'mlflow.db'}"
-    with stores.connected(uri, create=True):
-        stores.open_experiment("first")
     training.configure_retraining(epochs=2)
     running = Training(training, uri, "re_train/re_train.py")
     running.read_until("epoch 1 of")
@@ -116,34 +112,6 @@ def test_retraining_goes_on_and_is_evaluated_while_the_store_is_locked(training)
     assert f"Registered as {run.data.tags['registered_version'].split('/')[1]}" in running.said
     assert {one.info.run_name for one in found} <= {"re-train", "prod: version 1"}
     assert not undelivered(training)
-
-
-class TrackingServer:
-    """A tracking server that can be killed and started again."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--workers", "1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
-        wait_for(self.answers, 120)
-
-    def answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture

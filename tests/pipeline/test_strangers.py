@@ -24,6 +24,7 @@ from defect_detection.settings import HyperParameters
 def one_set(project: Project) -> Project:
     """A project with one set, whose head is wide."""
     project.configure_sets(SETS[1])
+    project.make_store()
     return project
 
 
@@ -60,7 +61,9 @@ def test_good_parts_alone(one_set, tmp_path):
     assert expected in last and last.rstrip().endswith("/report.html")
 
 
-def test_two_products_in_one_store_do_not_meet(one_set, tmp_path):
+def test_two_products_in_one_store_do_not_meet(one_set, tmp_path, monkeypatch):
+    """The store is a folder here."""
+    (one_set.root / ".env").write_text("MLFLOW_TRACKING_URI=file:./mlruns\n")
     data = draw_folders(tmp_path / "pictures", train=24, test=8)
     config = yaml.safe_load((one_set.root / "src" / "config.yaml").read_text())
     other = tmp_path / "tiles.yaml"
@@ -75,7 +78,8 @@ def test_two_products_in_one_store_do_not_meet(one_set, tmp_path):
     assert f"Run 'python src/train.py --data {data}' first" in last
     one_set.succeed("src/evaluation.py", *options)
     one_set.succeed("src/inference.py", data / "test" / "ok_front", "--config", other)
-    with store.connected(f"sqlite:///{one_set.root}/mlflow.db"):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with store.connected(f"file://{one_set.root}/mlruns"):
         assert versions.with_accuracy("Production_Reg") == []
         assert len(versions.with_accuracy("Production_Reg-tiles")) == 1
         names = {one.name for one in MlflowClient().search_experiments()}

@@ -1,7 +1,6 @@
 """Which version is behind prod: the rule, a person's choice, the record; races and kills."""
 
 import getpass
-import multiprocessing
 import os
 import random
 import socket
@@ -14,6 +13,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+import preloaded
 from defect_detection import PipelineError
 from defect_detection.registry import promotion, store, versions
 from defect_detection.registry.promotion import Election
@@ -417,8 +417,6 @@ def test_who_is_a_user_or_a_run_of_github(monkeypatch):
 
 
 # Below, real processes: forked by a server that has MLflow imported, and no store open.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow", "defect_detection.promotion", "test_promotion"])
 
 
 def _evaluate(uri: str, name: str, accuracies: list[float], turn, outcome) -> None:
@@ -442,6 +440,7 @@ def _evaluate(uri: str, name: str, accuracies: list[float], turn, outcome) -> No
 @pytest.mark.parametrize("kind", ["sqlite", "server"])
 def test_two_processes_that_race_leave_the_alias_on_the_better_version(kind, request, name):
     uri = request.getfixturevalue("_store" if kind == "sqlite" else "tracking_server")
+    processes = preloaded.processes()
     turn, outcome = processes.Barrier(2), processes.Queue()
     rounds = [(0.7, 0.8) if number % 2 else (0.9, 0.6) for number in range(ROUNDS[kind])]
     racing = [
@@ -504,7 +503,7 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_state_whole(what, _store):
             register(name, 0.9)
             if what == "choose":
                 promote(name)
-        process = processes.Process(target=_killed, args=(uri, name, what, steps))
+        process = preloaded.processes().Process(target=_killed, args=(uri, name, what, steps))
         process.start()
         process.join(60)
         killed = process.exitcode == 9

@@ -73,6 +73,7 @@ class Line:
         return f"http://127.0.0.1:{self.server.port}"
 
     def train(self) -> None:
+        self.project.make_store()
         draw_folders(self.project.data, train=80, test=20)
         self.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
         self.project.succeed("src/train.py")

@@ -6,7 +6,6 @@ import subprocess
 import pytest
 
 from conftest import ROOT, Server
-from defect_detection.registry import store as stores
 from defect_detection.service.verdicts import Verdicts
 
 COLLECTION = ROOT / "tests" / "postman" / "defect-detection.postman_collection.json"
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_every_request_of_the_collection_gets_the_answer_it_checks(project, learnable, tmp_path):
     project.data.symlink_to(learnable)
-    with stores.connected(f"sqlite:///{project.root}/mlflow.db", create=True):
-        stores.open_experiment("train/before")
+    project.make_store()
     project.configure_retraining(image_size=[64, 64], epochs=4, learning_rate=0.01)
     shutil.copy(learnable / "test" / "def_front" / "part_000.jpeg", tmp_path / "part.jpeg")
     server = Server(project, tmp_path / "api.log")

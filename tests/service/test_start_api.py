@@ -138,15 +138,13 @@ def test_api_that_breaks_down_before_it_logs_says_so_in_its_log(start_api):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "shown"),
+    ("name", "value"),
     [
-        ("API_PORT", "abc", "API_PORT"),
-        ("API_PORT", "50 01", "API_PORT"),
-        ("RETRAIN_TIME_LIMIT", "soon", "RETRAIN_TIME_LIMIT"),
-        ("RETRAIN_TIME_LIMIT", "nan", "RETRAIN_TIME_LIMIT"),
+        ("API_PORT", "50 01"),
+        ("RETRAIN_TIME_LIMIT", "nan"),
     ],
 )
-def test_variable_that_is_no_number_is_one_line(start_api, name, value, shown):
+def test_variable_that_is_no_number_is_one_line(start_api, name, value):
     done = subprocess.run(
         [sys.executable, "api.py"],
         cwd=start_api.root,
@@ -157,11 +155,11 @@ def test_variable_that_is_no_number_is_one_line(start_api, name, value, shown):
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ") and shown in done.stderr and value in done.stderr
+    assert done.stderr.startswith("error: ") and name in done.stderr and value in done.stderr
     started = start_api(**{name: value})
     assert started.returncode == 1
     assert started.stderr.splitlines()[-1].startswith("error: ")
-    assert shown in started.stderr and value in started.stderr
+    assert name in started.stderr and value in started.stderr
 
 
 def test_api_runs_by_the_real_path_of_its_environment(start_api):
