@@ -27,7 +27,7 @@ from defect_detection.registry.versions import (
 )
 
 DIGEST = "abcdef" * 10
-ROUNDS = {"sqlite": 30, "server": 5}  # the server takes a second for each
+ROUNDS = {"sqlite": 30, "server": 10}  # the server takes a second for each
 
 
 def new_name() -> str:

@@ -140,7 +140,9 @@ def test_api_that_breaks_down_before_it_logs_says_so_in_its_log(start_api):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("API_PORT", "abc"),
         ("API_PORT", "50 01"),
+        ("RETRAIN_TIME_LIMIT", "soon"),
         ("RETRAIN_TIME_LIMIT", "nan"),
     ],
 )
