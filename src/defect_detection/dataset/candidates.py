@@ -4,9 +4,12 @@ They share hashes of keypoints which few other images have (Charikar, Similarity
 techniques from rounding algorithms, STOC 2002).
 """
 
+import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +22,8 @@ BITS = 16  # of a hash
 COMMONEST = 64  # images with the same hash: more say nothing about a photograph, and cost time
 PARTNERS = 64  # likely ones that are kept for an image
 PROPOSALS = 3  # pairs that a group asks for in a round
-BLOCK = 1024  # images at a time
+BLOCK = 256  # images at a time
+ENOUGH = 8192  # images up to which the bits of a hash are enough; twice as many need two more
 
 Pair = tuple[int, int]
 
@@ -58,31 +62,25 @@ class PairSearch:
     """
 
     def __init__(self, known: Described, digests: Sequence[str], new: Sequence[str]):
-        everything = _counts(known.hashes(digests))
-        frequency = everything.getnnz(axis=0)
-        told = np.flatnonzero((frequency > 1) & (frequency <= COMMONEST))
-        # Rare hashes weigh more: squared inverse document frequency.
-        weight = np.log(1 + len(digests) / frequency[told]) ** 2
-        everything = _normed(everything[:, told], weight)
-        by_hash = everything.T.tocsr()
+        index = _Index(known.hashes(digests), len(digests))
         place = {digest: i for i, digest in enumerate(digests)}
-        self.images = np.array([place[digest] for digest in new])
+        self.images = np.array([place[digest] for digest in new], np.int32)
         kept = min(PARTNERS, len(digests))
-        self.partners = np.empty((len(new), kept), int)
-        self.similarity = np.empty((len(new), kept), np.float32)
+        self.partners = np.repeat(self.images[:, np.newaxis], kept, axis=1)
+        self.similarity = np.zeros((len(new), kept), np.float32)
         for start in range(0, len(new), BLOCK):
-            rows = slice(start, start + BLOCK)
-            mirrored = _counts(
-                hash_descriptors(mirrored_descriptors(one)) for one in known.descriptors(new[rows])
-            )
-            shared = np.maximum(
-                (everything[self.images[rows]].multiply(weight) @ by_hash).toarray(),
-                (_normed(mirrored[:, told], weight).multiply(weight) @ by_hash).toarray(),
-            )
-            best = np.argpartition(-shared, kept - 1, axis=1)[:, :kept]
-            order = np.argsort(-np.take_along_axis(shared, best, 1), axis=1, kind="stable")
-            self.partners[rows] = np.take_along_axis(best, order, 1)
-            self.similarity[rows] = np.take_along_axis(shared, self.partners[rows], 1)
+            block = new[start : start + BLOCK]
+            mirrored = map(hash_descriptors, map(mirrored_descriptors, known.descriptors(block)))
+            shared = index.shared(known.hashes(block)).maximum(index.shared(mirrored))
+            shared.sort_indices()
+            for row, (low, high) in enumerate(pairwise(shared.indptr), start):
+                weights, others = shared.data[low:high], shared.indices[low:high]
+                if len(weights) > kept:
+                    best = np.argpartition(-weights, kept - 1)[:kept]
+                    weights, others = weights[best], others[best]
+                order = np.lexsort((others, -weights))
+                self.partners[row, : len(order)] = others[order]
+                self.similarity[row, : len(order)] = weights[order]
 
     def propose(self, groups: np.ndarray, tested: set[Pair]) -> list[Pair]:
         """Return the likeliest pairs to compare next, the likeliest first.
@@ -107,16 +105,82 @@ class PairSearch:
         return list(pairs)
 
 
-def _counts(hashes: Iterable[np.ndarray]) -> sparse.csr_matrix:
-    """Return which hashes each image has, (images, HASHES * 2**BITS)."""
-    columns = [np.unique(one + (np.arange(HASHES) << BITS)) for one in hashes]
-    starts = np.cumsum([0, *map(len, columns)])
-    columns = np.concatenate(columns)
-    shape = (len(starts) - 1, HASHES << BITS)
-    return sparse.csr_matrix((np.ones(len(columns), np.float32), columns, starts), shape=shape)
+class _Index:
+    """Which images have a hash, for the hashes that two images have, and not too many."""
+
+    def __init__(self, hashes: Iterable[np.ndarray], images: int):
+        """Index the hashes of each of some images."""
+        # With more bits, a hash has few images however many there are.
+        self._more = min(BITS, 2 * max(0, math.ceil(math.log2(images / ENOUGH))))
+        with tempfile.TemporaryFile() as file:  # 5 kB for each image, of which a table is a part
+            counts = []
+            for one in hashes:
+                one.tofile(file)
+                counts.append(len(one))
+            file.flush()
+            kept = np.memmap(file, np.uint16, "r") if sum(counts) else np.empty(0, np.uint16)
+            of = np.repeat(np.arange(images, dtype=np.uint64), counts)
+            tables = [self._table(one, of) for one in self._values(kept.reshape(-1, HASHES))]
+        self._told = [told for told, _, _ in tables]
+        ends = np.cumsum([0, *chain.from_iterable(frequency for _, frequency, _ in tables)])
+        self._starts = np.cumsum([0, *map(len, self._told)])
+        owners = np.concatenate([one for _, _, one in tables])
+        del tables
+        frequency = np.diff(ends)
+        # Rare hashes weigh more: squared inverse document frequency.
+        self._weight = (np.log(1 + images / frequency) ** 2).astype(np.float32)
+        every = np.ones(len(owners), np.float32)
+        self._by_hash = sparse.csr_matrix((every, owners, ends), shape=(len(frequency), images))
+        self._lengths = _length(self._by_hash.T @ self._weight)
+
+    def shared(self, hashes: Iterable[np.ndarray]) -> sparse.csr_matrix:
+        """Return the similarity of other images, by their hashes, to those of the index.
+
+        That of an image to itself is 1.
+        """
+        counts, every = [], []
+        for one in hashes:
+            counts.append(len(one))
+            every.append(one)
+        of = np.repeat(np.arange(len(counts)), counts)
+        rows, columns = [], []
+        for number, values in enumerate(self._values(np.concatenate(every))):
+            told = self._told[number]
+            if len(told):
+                at = np.minimum(np.searchsorted(told, values), len(told) - 1)
+                has = told[at] == values
+                rows.append(of[has])
+                columns.append(self._starts[number] + at[has])
+        if not rows:
+            return sparse.csr_matrix((len(counts), len(self._lengths)), dtype=np.float32)
+        keys = np.concatenate(rows) * len(self._weight) + np.concatenate(columns)
+        row, column = np.divmod(np.unique(keys), len(self._weight))
+        shape = len(counts), len(self._weight)
+        having = sparse.csr_matrix((self._weight[column], (row, column)), shape=shape)
+        found = having @ self._by_hash
+        lengths = _length(having.sum(axis=1).A1)
+        found.data /= np.repeat(lengths, np.diff(found.indptr)) * self._lengths[found.indices]
+        return found
+
+    def _values(self, hashes: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the values of each table, uint32 (n,), of hashes uint16 (n, HASHES).
+
+        The bits beyond those of a hash are the first ones of the next, as independent.
+        """
+        for number in range(HASHES):
+            first = np.asarray(hashes[:, number], np.uint32)
+            more = np.asarray(hashes[:, (number + 1) % HASHES], np.uint32)
+            yield first << self._more | more >> (BITS - self._more)
+
+    @staticmethod
+    def _table(values: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the values that are told, how many images have each, and these images."""
+        keys = np.unique(values.astype(np.uint64) << np.uint64(32) | of)
+        told, frequency = np.unique((keys >> np.uint64(32)).astype(np.uint32), return_counts=True)
+        chosen = (frequency > 1) & (frequency <= COMMONEST)
+        owners = (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
+        return told[chosen], frequency[chosen], owners[np.repeat(chosen, frequency)]
 
 
-def _normed(counts: sparse.csr_matrix, weight: np.ndarray) -> sparse.csr_matrix:
-    """Scale the rows so that an image's similarity to itself is 1."""
-    lengths = np.sqrt(counts @ weight)
-    return sparse.diags(1 / np.maximum(lengths, 1e-9)).dot(counts).tocsr()
+def _length(squares: np.ndarray) -> np.ndarray:
+    return np.maximum(np.sqrt(squares), np.float32(1e-9))
