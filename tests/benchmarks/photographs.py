@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 import truth  # noqa: E402
 from defect_detection.dataset import audit  # noqa: E402
 from defect_detection.dataset.folder import DataFolder  # noqa: E402
+from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def measure(what: str, data: Path, cache: Path) -> float:
 
 def one(data: Path, cache: Path) -> None:
     """Audit a data folder and print the photograph of each image as JSON."""
-    json.dump(audit.inspect(DataFolder(data, cache), (128, 128)).groups(), sys.stdout)
+    json.dump(audit.inspect(DataFolder(data, cache), ImageFormat(128, 128)).groups(), sys.stdout)
 
 
 if __name__ == "__main__":
