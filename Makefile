@@ -5,6 +5,8 @@
 # make sample                   draw the synthetic images in data/
 # make lint                     style and types of the code
 # make requirements             pin what the requirements*.in need, with hashes
+# make server                   a tracking server for a team, with PostgreSQL and passwords
+# make server-migrate           copy the sqlite store into that server
 # make bench                    the figures of the documentation, about an hour
 
 PYTHON := .venv/bin/python
@@ -14,7 +16,8 @@ compile = UV_CUSTOM_COMPILE_COMMAND="make requirements, from $(1).in" .cache/uv/
 	--quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url $(UPGRADE) \
 	$(1).in --output-file $(1).txt
 
-.PHONY: setup pipeline test test-fast sample lint requirements bench
+.PHONY: setup pipeline test test-fast sample lint requirements bench \
+	server server-migrate
 
 setup: .venv/.installed
 
@@ -35,6 +38,12 @@ test-fast: .venv/.installed
 sample: .venv/.installed
 	$(PYTHON) data/sample.py
 
+server: .venv/.server
+	@$(PYTHON) src/server.py
+
+server-migrate: .venv/.server
+	@$(PYTHON) src/server.py --migrate
+
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -47,7 +56,9 @@ requirements:
 	.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(call compile,requirements)
 	$(call compile,requirements-line) --constraint requirements.txt
-	$(call compile,requirements-browser) --constraint requirements.txt
+	$(call compile,requirements-tests) --constraint requirements.txt
+	$(call compile,requirements-server) --constraint requirements.txt
+	$(call compile,requirements-ray) --constraint requirements.txt
 
 bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/photographs.py
@@ -61,3 +72,7 @@ bench: .venv/.installed
 
 .venv/.installed: requirements.txt .ci/setup
 	@sh .ci/setup
+
+.venv/.server: .venv/.installed requirements-server.txt
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-server.txt
+	@touch $@

@@ -22,6 +22,7 @@ ORDER = (
     "inference",
     "pipeline",
     "service",
+    "operations",
 )
 
 

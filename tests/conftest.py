@@ -462,13 +462,21 @@ SLOW_MODULES = {
     "test_saved_model",
     "test_setup",
     "test_start_api",
+    "test_team_server",
     "test_workflow",
 }
 
 
 # The files that take longest, in their order: begun last, one would be waited for alone.
 LONGEST = (
-    *("test_browser", "test_pipeline", "test_real", "test_strangers", "test_delivery"),
+    *(
+        "test_team_server",
+        "test_browser",
+        "test_pipeline",
+        "test_real",
+        "test_strangers",
+        "test_delivery",
+    ),
     *("test_fitting", "test_production", "test_promotion", "test_audit", "test_re_train"),
     *("test_workflow", "test_server", "test_start_api", "test_inference", "test_postman"),
 )

@@ -8,7 +8,13 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-FILES = ["requirements", "requirements-line", "requirements-browser"]
+FILES = [
+    "requirements",
+    "requirements-line",
+    "requirements-tests",
+    "requirements-server",
+    "requirements-ray",
+]
 MACHINES = [
     {
         "python_version": python,

@@ -15,8 +15,12 @@ _FORMULA = tuple("=+-@\t\r\n'")  # how formulas begin, and what `defused` begins
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it to `path` if the block succeeds.
+
+    Args:
+        path: of the file.
+        private: whether only its owner may read it.
 
     Raises:
         PipelineError: the folder is missing or read-only, or the disk is full.
@@ -28,9 +32,10 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        umask = os.umask(0)  # mkstemp allows only its owner; only os.umask returns the umask
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        if not private:  # mkstemp allows only its owner
+            umask = os.umask(0)  # only os.umask returns the umask
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -24,11 +24,11 @@ from conftest import Project, Server, draw_folders, draw_part, encoded, wait_for
 from defect_detection.service.verdicts import Verdicts
 
 playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs 'pip install -r requirements-browser.txt'"
+    "playwright.sync_api", reason="needs 'pip install -r requirements-tests.txt'"
 )
 axe = pytest.importorskip(
     "axe_playwright_python.sync_playwright",
-    reason="needs 'pip install -r requirements-browser.txt'",
+    reason="needs 'pip install -r requirements-tests.txt'",
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

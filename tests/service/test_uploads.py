@@ -174,7 +174,7 @@ def test_no_upload_is_an_error_of_the_server_or_leaves_a_trace(api):
 
 
 def test_api_keeps_to_its_openapi_document(api):
-    pytest.importorskip("schemathesis", reason="needs 'pip install -r requirements-browser.txt'")
+    pytest.importorskip("schemathesis", reason="needs 'pip install -r requirements-tests.txt'")
     command = [sys.executable, "-m", "schemathesis.cli", "run"]
     command += [f"http://127.0.0.1:{api.port}/openapi.json", "--no-color", "--seed", "1"]
     command += ["--max-examples", str(max(20, UPLOADS // 20)), "--request-timeout", "60"]

@@ -1,0 +1,1 @@
+"""What a team runs beside the pipeline: a tracking server with its database, backups."""

@@ -1,0 +1,245 @@
+"""MLflow's tables and artifacts: copied whole, from one place to another.
+
+MLflow keeps URIs of artifacts in its tables; they are changed to the new place.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import mlflow.store.artifact.artifact_repository_registry as repositories
+import sqlalchemy
+from mlflow.store.db import utils
+from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy import Connection, Engine, MetaData, Table
+
+from defect_detection import PipelineError
+from defect_detection.operations.postgres import with_driver
+
+LOCKED_SECONDS = 60  # how long a copy waits for a writer
+ROWS = 1000  # that are copied at a time
+# The columns in which MLflow keeps where artifacts are.
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+KEPT = ("alembic_version", "alembic_version_auth")  # tables that a new store has already
+# Tables that hold what users have logged; a new store has none of it.
+FILLED = ("runs", "registered_models", "logged_models")
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """Copy a SQLite database as it is at one moment, while others write to it.
+
+    Raises:
+        PipelineError: it cannot be read, or is damaged.
+    """
+    try:
+        uri = f"file:{quote(str(source))}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=LOCKED_SECONDS)) as read:
+            with closing(sqlite3.connect(target)) as written:
+                # All pages at once: a writer between two steps would make it begin anew.
+                read.backup(written)
+                (found,) = written.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+    except sqlite3.Error as error:
+        raise PipelineError(f"{source}: cannot be copied ({error})") from error
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[Engine]:
+    """Open the tables of a store for the block; they are made, or brought to this MLflow's form."""
+    engine = utils.create_sqlalchemy_engine(with_driver(uri))
+    try:
+        if not utils._all_tables_exist(engine):
+            utils._initialize_tables(engine)
+        utils._upgrade_db(engine)
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def is_filled(engine: Engine) -> bool:
+    """Return whether somebody has logged something to a store."""
+    tables = _tables(engine)
+    with engine.connect() as connection:
+        return any(
+            connection.execute(sqlalchemy.select(tables[name]).limit(1)).first() for name in FILLED
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where artifacts are and where they are copied to.
+
+    Attributes:
+        before: URI or path of the folder, as MLflow's tables have it.
+        after: URI of the new folder.
+    """
+
+    before: str
+    after: str
+
+    def moved(self, uri: str) -> str | None:
+        """Return the new URI of what lies there, None if it does not."""
+        for before in {self.before, _as_path(self.before)}:
+            if uri == before or uri.startswith(before.rstrip("/") + "/"):
+                return self.after.rstrip("/") + uri[len(before.rstrip("/")) :]
+        return None
+
+
+def local_places(engine: Engine) -> list[str]:
+    """Return the local folders in which a store's artifacts are, none of them within another."""
+    tables = _tables(engine)
+    found: set[str] = set()
+    with engine.connect() as connection:
+        for name, column in LOCATIONS[:3]:
+            for uri in _column(tables[name].c[column], connection):
+                if is_local(uri) and not any(_within(uri, one) for one in found):
+                    found = {one for one in found if not _within(one, uri)} | {uri}
+    return sorted(found)
+
+
+def is_local(uri: str) -> bool:
+    """Return whether artifacts are in a folder of this machine."""
+    return uri.startswith("file:") or "://" not in uri and not uri.startswith("mlflow-artifacts:")
+
+
+def folder_of(uri: str, root: Path) -> Path:
+    """Return the folder of a local URI; a relative one counts from `root`."""
+    return root / local_file_uri_to_path(uri)
+
+
+def _within(uri: str, folder: str) -> bool:
+    return Place(folder, "").moved(uri) is not None
+
+
+def _as_path(uri: str) -> str:
+    return local_file_uri_to_path(uri) if uri.startswith("file:") else uri
+
+
+def move(engine: Engine | Connection, places: Iterable[Place]) -> None:
+    """Change the URIs of artifacts in a store's tables."""
+    places = list(places)
+    tables = _tables(engine)
+    with _transaction(engine) as connection:
+        for name, column in LOCATIONS:
+            cell = tables[name].c[column]
+            for uri in _column(cell, connection):
+                if after := _moved(uri, places):
+                    change = tables[name].update().where(cell == uri).values({column: after})
+                    connection.execute(change)
+
+
+def _column(cell: sqlalchemy.Column[str], connection: Connection) -> list[str]:
+    """Return the values of a column, each once."""
+    query = sqlalchemy.select(cell).where(cell.is_not(None)).distinct()
+    return list(connection.execute(query).scalars())
+
+
+def _moved(uri: str, places: Iterable[Place]) -> str | None:
+    found = [after for place in places if (after := place.moved(uri))]
+    return found[0] if found else None
+
+
+def copy_tables(source: Engine, target: Engine, places: Iterable[Place]) -> dict[str, int]:
+    """Copy all rows of a store into one that has none, in one transaction.
+
+    Args:
+        source: read only.
+        target: what MLflow puts into a new store is replaced.
+        places: where artifacts are from now on.
+
+    Returns:
+        The number of rows of each table.
+
+    Raises:
+        PipelineError: the tables of the two are not the same.
+    """
+    tables, known = _tables(target), _tables(source)
+    lacking = set(known) - set(tables) - set(KEPT)
+    if lacking:
+        raise PipelineError(f"The new store has no table {sorted(lacking)[0]}. Use one MLflow")
+    every = [one for one in _sorted(tables) if one.name in known and one.name not in KEPT]
+    counts = {}
+    with source.connect() as read, target.begin() as written:
+        for table in reversed(every):
+            written.execute(table.delete())
+        for table in every:
+            counts[table.name] = _copy(table, read, written)
+            _go_on_counting(table, written)
+        move(written, places)
+        for table in every:
+            query = sqlalchemy.select(sqlalchemy.func.count()).select_from(table)
+            if written.execute(query).scalar() != counts[table.name]:
+                raise PipelineError(f"Not all rows of {table.name} could be copied")
+    return counts
+
+
+def _copy(table: Table, read: Connection, written: Connection) -> int:
+    count = 0
+    # The target's types, so that SQLite's 0 and 1 become booleans.
+    for rows in read.execution_options(yield_per=ROWS).execute(table.select()).partitions(ROWS):
+        written.execute(table.insert(), [dict(row._mapping) for row in rows])
+        count += len(rows)
+    return count
+
+
+def _go_on_counting(table: Table, written: Connection) -> None:
+    """Let PostgreSQL's counters go on after the numbers that were copied."""
+    if written.dialect.name != "postgresql":
+        return
+    for column in table.columns:
+        default = getattr(column.server_default, "arg", "")
+        if "nextval" in str(default):
+            written.execute(
+                sqlalchemy.text(
+                    f"SELECT setval(pg_get_serial_sequence('{table.name}', '{column.name}'), "
+                    f"COALESCE(MAX({column.name}), 1), MAX({column.name}) IS NOT NULL) "
+                    f"FROM {table.name}"
+                )
+            )
+
+
+def _sorted(tables: Mapping[str, Table]) -> list[Table]:
+    """Return tables so that those that are referred to come first."""
+    return next(iter(tables.values())).metadata.sorted_tables if tables else []
+
+
+def _tables(engine: Engine | Connection) -> dict[str, Table]:
+    metadata = MetaData()
+    metadata.reflect(engine)
+    return dict(metadata.tables)
+
+
+@contextmanager
+def _transaction(engine: Engine | Connection) -> Iterator[Connection]:
+    if isinstance(engine, Connection):
+        yield engine
+        return
+    with engine.begin() as connection:
+        yield connection
+
+
+def upload(folder: Path, destination: str, below: str) -> tuple[int, int]:
+    """Copy a folder of artifacts to where a server keeps them.
+
+    Args:
+        folder: of artifacts; one that is not there has none.
+        destination: URI or folder of the server's artifacts.
+        below: folder in it.
+
+    Returns:
+        How many files, and bytes.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    if files:
+        repositories.get_artifact_repository(destination).log_artifacts(str(folder), below)
+    return len(files), sum(path.stat().st_size for path in files)

@@ -1,0 +1,321 @@
+"""A tracking server for a team: MLflow on PostgreSQL, which asks for a user and a password."""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from defect_detection import PipelineError, uris
+from defect_detection.atomic import replace_atomically
+from defect_detection.operations import postgres
+from defect_detection.operations.postgres import Cluster
+
+log = logging.getLogger(__name__)
+
+ADMIN = "admin"
+MLFLOWS_PASSWORD = "password1234"  # of the user admin, in MLflow before 3.15
+START_WITHIN = 180  # seconds, in which MLflow may have to migrate its tables
+STOP_WITHIN = 15
+LOOK_EVERY = 2  # seconds between two looks at MLflow and the database
+SECRETS, LOCK, CHILD = "secrets.json", "lock", "mlflow.pid"
+AUTH = """\
+[mlflow]
+# What a user may do with what others made; a user may do everything with what is his own.
+default_permission = EDIT
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+# A password is compared once a minute, since that takes a tenth of a second.
+auth_cache_ttl_seconds = 60
+"""
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What nobody else may know.
+
+    Attributes:
+        admin_password: of the user `ADMIN`.
+        session_key: signs the sessions of browsers.
+        database_password: of the owner of the project's own database.
+    """
+
+    admin_password: str
+    session_key: str
+    database_password: str
+
+    @classmethod
+    def kept(cls, folder: Path) -> "Secrets":
+        """Read them; at the first call make them.
+
+        Raises:
+            PipelineError: they cannot be read, or are not as they were written.
+        """
+        file = folder / SECRETS
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            made = cls(*(secrets.token_urlsafe(24) for _ in range(3)))
+            with replace_atomically(file, private=True) as temporary:
+                temporary.write_text(json.dumps(asdict(made), indent=1) + "\n")
+            return made
+        except (OSError, ValueError, TypeError) as error:
+            raise PipelineError(
+                f"{file} cannot be read ({error}). Restore it from a backup"
+            ) from error
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """How a server is run.
+
+    Attributes:
+        folder: of what it keeps.
+        host: the address that it listens on.
+        port: likewise.
+        names: the names by which it is called, beside this machine's and private addresses.
+        database: URI of a PostgreSQL database, "" for one of the project's own.
+        artifacts: URI or folder of the artifacts.
+    """
+
+    folder: Path
+    host: str
+    port: int
+    names: tuple[str, ...]
+    database: str
+    artifacts: str
+
+    @property
+    def address(self) -> str:
+        """The URI by which this machine reaches it."""
+        here = self.host if self.host not in ("0.0.0.0", "::", "") else "127.0.0.1"
+        return f"http://{f'[{here}]' if ':' in here else here}:{self.port}"
+
+
+@contextmanager
+def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
+    """Hold the folder of a server for the block; yield its secrets and the URI of its database.
+
+    Raises:
+        PipelineError: another server runs there, or its database does not start.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    # PostgreSQL, which another user runs if this one is root, must come through.
+    plan.folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    with (plan.folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PipelineError(f"A server runs in {plan.folder} already. Stop it first") from error
+        known = Secrets.kept(plan.folder)
+        if plan.database:
+            yield known, plan.database
+            return
+        with _cluster(plan, known).running() as uri:
+            yield known, uri
+
+
+def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], None]) -> None:
+    """Run a server until a signal comes.
+
+    Args:
+        plan: how.
+        env: the environment of MLflow, such as the credentials of an artifact store.
+        on_ready: is called when it answers.
+
+    Raises:
+        PipelineError: it does not start, or ends by itself.
+    """
+    with own(plan) as (known, database), (plan.folder / CHILD).open("a+") as held:
+        _end_former(held)
+        _require_port(plan)
+        _write_auth(plan.folder, database)
+        child = subprocess.Popen(
+            _command(plan),
+            env={**env, **_variables(plan, known, database)},
+            cwd=plan.folder,
+            start_new_session=True,
+            pass_fds=[held.fileno()],
+        )
+        held.truncate(0)
+        held.write(str(child.pid))
+        held.flush()
+        try:
+            _wait(plan, child)
+            _require_own_password(plan)
+            on_ready(known)
+            while child.poll() is None:
+                time.sleep(LOOK_EVERY)
+                _keep_running(plan, known)
+            raise PipelineError(f"MLflow ended with exit code {child.returncode}; see above")
+        finally:
+            _stop(child)
+
+
+def _cluster(plan: ServerPlan, known: Secrets) -> Cluster:
+    return Cluster(plan.folder / "postgres", known.database_password)
+
+
+def _keep_running(plan: ServerPlan, known: Secrets) -> None:
+    """Start the project's own database again if its process was killed; MLflow then goes on."""
+    if plan.database:
+        return
+    cluster = _cluster(plan, known)
+    if not cluster.runs():
+        log.warning("The database had ended by itself and is started again")
+        cluster.start(cluster.socket)
+
+
+def _end_former(held: TextIO) -> None:
+    """Lock the file that MLflow holds; end the MLflow of a server that was killed, which has it."""
+    deadline = time.monotonic() + STOP_WITHIN
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            held.seek(0)
+            group = held.read().strip()
+            if not group.isdecimal() or time.monotonic() > deadline:
+                raise PipelineError(
+                    f"An MLflow of a former server still runs (process {group}). End it first"
+                ) from error
+            log.warning("The MLflow of a server that was killed still runs and is ended")
+            with suppress(ProcessLookupError):
+                os.killpg(int(group), signal.SIGKILL)
+            time.sleep(0.5)
+
+
+def _require_port(plan: ServerPlan) -> None:
+    """Raise PipelineError if the port is taken; MLflow would say so in fifty lines."""
+    family = socket.AF_INET6 if ":" in plan.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((plan.host, plan.port))
+        except OSError as error:
+            raise PipelineError(
+                f"Port {plan.port} of {plan.host} cannot be used ({error.strerror}). Stop what "
+                f"listens there, or set SERVER_PORT"
+            ) from error
+
+
+def _write_auth(folder: Path, database: str) -> None:
+    with replace_atomically(folder / "auth.ini", private=True) as temporary:
+        # configparser takes % for a reference.
+        temporary.write_text(
+            AUTH + f"database_uri = {postgres.with_driver(database).replace('%', '%%')}\n"
+        )
+
+
+def _command(plan: ServerPlan) -> list[str]:
+    """Return the call of MLflow; everything secret is in its variables, which nobody else sees."""
+    private = ["localhost*", "127.0.0.1*", "[::1]*", "10.*", "192.168.*"]
+    private += [f"172.{number}.*" for number in range(16, 32)]
+    own_names = {socket.gethostname(), socket.getfqdn(), plan.host, *plan.names}
+    hosts = [*private, *(f"{name}{port}" for name in sorted(own_names) for port in ("", ":*"))]
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+        *("--host", plan.host, "--port", str(plan.port), "--serve-artifacts"),
+        *("--allowed-hosts", ",".join(hosts)),
+        *("--uvicorn-opts", "--no-access-log --log-level warning"),
+    ]
+
+
+def _variables(plan: ServerPlan, known: Secrets, database: str) -> dict[str, str]:
+    return {
+        "MLFLOW_BACKEND_STORE_URI": postgres.with_driver(database),
+        "MLFLOW_ARTIFACTS_DESTINATION": plan.artifacts,
+        "MLFLOW_AUTH_CONFIG_PATH": str(plan.folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": known.admin_password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": known.session_key,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of language models: six processes
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _wait(plan: ServerPlan, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_WITHIN
+    while not _answers(plan):
+        if child.poll() is not None:
+            raise PipelineError(f"MLflow ended with exit code {child.returncode}; see above")
+        if time.monotonic() > deadline:
+            raise PipelineError(f"MLflow did not answer within {START_WITHIN} s; see above")
+        time.sleep(0.2)
+
+
+def _answers(plan: ServerPlan) -> bool:
+    try:
+        urllib.request.urlopen(f"{plan.address}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def accepts(address: str, user: str, password: str) -> bool:
+    """Return whether a server takes a user with a password."""
+    said = b64encode(f"{user}:{password}".encode()).decode()
+    request = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/experiments/get?experiment_id=0",
+        headers={"Authorization": f"Basic {said}"},
+    )
+    try:
+        urllib.request.urlopen(request, timeout=30).close()
+    except urllib.error.HTTPError as error:
+        return error.code not in (401, 403)
+    return True
+
+
+def _require_own_password(plan: ServerPlan) -> None:
+    """Raise PipelineError if the administrator of a database from before has MLflow's password."""
+    if accepts(plan.address, ADMIN, MLFLOWS_PASSWORD):
+        raise PipelineError(
+            f"The user {ADMIN} of this database has the password that MLflow came with, which "
+            f"everybody knows. Change it with MLflow, then start this again"
+        )
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End MLflow and its workers."""
+    for number, seconds in ((signal.SIGTERM, STOP_WITHIN), (signal.SIGKILL, STOP_WITHIN)):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(seconds)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        _wait_for_group(child.pid)
+
+
+def _wait_for_group(group: int) -> None:
+    """Wait until no worker is left; one that hangs is killed."""
+    deadline = time.monotonic() + STOP_WITHIN
+    while True:
+        try:
+            os.killpg(group, 0 if time.monotonic() < deadline else signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.1)
+
+
+def described(plan: ServerPlan) -> str:
+    """Return where a server keeps what, in words."""
+    own_one = str(plan.folder / "postgres")
+    where = uris.without_password(plan.database) if plan.database else own_one
+    return f"PostgreSQL {where}, artifacts {uris.without_password(plan.artifacts)}"

@@ -1,0 +1,96 @@
+"""Start a tracking server for a team: MLflow on PostgreSQL, which asks for user and password.
+
+The first start makes a database in .server, unless SERVER_DATABASE names one, and a password of the
+user admin. The machines of the team then set MLFLOW_TRACKING_URI to this one's address.
+
+With --migrate, runs, versions, aliases and artifacts of the sqlite store are copied into the
+server's database, which must be empty.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from defect_detection import PipelineError, cli, settings, uris
+from defect_detection.operations import tracking_server
+from defect_detection.operations.tracking_server import SECRETS, Secrets, ServerPlan
+from defect_detection.pipeline import delivery
+from defect_detection.registry import store
+
+log = logging.getLogger(__name__)
+
+PREFIX = "sqlite:///"
+
+
+def main() -> None:
+    """Read options and settings, then serve or migrate."""
+    parser = cli.parser(__doc__, "make server", data=False)
+    parser.add_argument("--migrate", action="store_true", help="copy the sqlite store, then end")
+    options = parser.parse_args()
+    env = settings.environment()
+    plan = chosen(env)
+    if options.migrate:
+        migrate(plan, env)
+        return
+    tracking_server.run(plan, {**os.environ, **env}, lambda known: welcome(plan, known))
+
+
+def chosen(env: Mapping[str, str]) -> ServerPlan:
+    """Return how the server is run, by its variables.
+
+    Raises:
+        PipelineError: one has a value that it cannot have.
+    """
+    folder = settings.from_root(env.get("SERVER_PATH", ".server"))
+    port, database = env.get("SERVER_PORT", "5000"), env.get("SERVER_DATABASE", "")
+    artifacts = env.get("SERVER_ARTIFACTS", str(folder / "artifacts"))
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise PipelineError(f"SERVER_PORT is {port}, expected a number from 1 to 65535")
+    if database and not database.startswith("postgresql"):
+        raise PipelineError(
+            f"SERVER_DATABASE is {uris.without_password(database)}, expected such as "
+            f"postgresql://mlflow:secret@192.168.0.11/mlflow"
+        )
+    return ServerPlan(
+        folder=folder,
+        host=env.get("SERVER_HOST", "0.0.0.0"),
+        port=int(port),
+        names=tuple(env.get("SERVER_NAMES", "").replace(",", " ").split()),
+        database=database,
+        artifacts=artifacts if "://" in artifacts else str(settings.from_root(artifacts)),
+    )
+
+
+def welcome(plan: ServerPlan, known: Secrets) -> None:
+    """Print where the server is and who may use it."""
+    print(
+        f"MLflow answers at {plan.address}; {tracking_server.described(plan)}\n"
+        f"The password of the user {tracking_server.ADMIN} is in {plan.folder / SECRETS}\n"
+        f"On each machine, put MLFLOW_TRACKING_URI=http://THIS-MACHINE:{plan.port}, "
+        f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD into .env.local",
+        flush=True,
+    )
+
+
+def migrate(plan: ServerPlan, env: Mapping[str, str]) -> None:
+    """Copy the sqlite store into the server's database."""
+    from defect_detection.operations import migration
+
+    uri = settings.tracking_uri(env)
+    if not uri.startswith(PREFIX):
+        raise PipelineError(
+            f"MLFLOW_TRACKING_URI is no sqlite store. Run this with the store to copy: "
+            f"MLFLOW_TRACKING_URI={settings.STORE} make server-migrate"
+        )
+    cache = settings.from_root(settings.read_config().paths.cache)
+    with store.connected(uri):
+        delivery.deliver_all(cache, strict=True)
+    with tracking_server.own(plan) as (_, database):
+        source = Path(uri.removeprefix(PREFIX))
+        found = migration.take_over(source, settings.ROOT, database, plan.artifacts)
+    print(f"Copied from {source}: {found}. Next: make server")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,212 @@
+"""The team's server: a sqlite store taken over whole, then the pipeline with PostgreSQL."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import urllib.error
+from pathlib import Path
+from unittest import mock
+
+import mlflow
+import pytest
+import sqlalchemy
+
+from conftest import Project, draw_folders, wait_for
+from defect_detection.operations import tracking_server
+from defect_detection.operations.postgres import Cluster, with_driver
+from defect_detection.registry import store
+from team import TeamServer, postgres_of, require_postgres
+
+
+class Team:
+    """A project that was trained with a sqlite store, and the server that took it over."""
+
+    def __init__(self, folder: Path):
+        self.project = Project(folder / "project")
+        draw_folders(self.project.data, train=80, test=20)
+        self.sqlite = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.project.root}/mlflow.db"}
+        self.project.make_store()
+        self.project.succeed("src/train.py")
+        self.project.succeed("src/evaluation.py")
+        self.project.succeed("src/evaluation.py")
+        self.image = next((self.project.data / "test" / "def_front").iterdir())
+        self.listed = self.project.succeed("src/promote.py", "--list")
+        self.verdict = self.project.succeed("src/inference.py", self.image)
+        self.server = TeamServer(self.project)
+        self.migrated = self.run("src/server.py", "--migrate", **self.server.variables)
+        self.server.start()
+
+    def run(self, *call: object, **env: str) -> str:
+        return self.project.succeed(*call, **env)
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    require_postgres()
+    made = Team(tmp_path_factory.mktemp("team"))
+    yield made
+    made.server.delete()
+
+
+def test_what_was_in_the_sqlite_store_is_in_the_server(team: Team):
+    assert re.search(r"[1-9]\d* runs, 2 versions .* files of", team.migrated)
+    env = team.server.credentials
+    assert team.run("src/promote.py", "--list", **env) == team.listed
+    assert team.run("src/inference.py", team.image, **env) == team.verdict
+    # Nothing is read from where it was.
+    (team.project.root / "mlruns").rename(team.project.root / "elsewhere")
+    try:
+        team.run("src/evaluation.py", **env)
+    finally:
+        (team.project.root / "elsewhere").rename(team.project.root / "mlruns")
+
+
+def test_a_run_is_found_with_all_that_it_logged(team: Team):
+    def found(uri: str) -> dict[str, tuple]:
+        with store.connected(uri):
+            runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+            client = mlflow.MlflowClient()
+            return {
+                run.info.run_id: (
+                    run.data.params,
+                    run.data.tags,
+                    run.info.status,
+                    run.info.start_time,
+                    {
+                        name: [(one.step, one.value) for one in every]
+                        for name in run.data.metrics
+                        for every in [client.get_metric_history(run.info.run_id, name)]
+                    },
+                    sorted(one.path for one in client.list_artifacts(run.info.run_id)),
+                )
+                for run in runs
+            }
+
+    before = found(team.sqlite["MLFLOW_TRACKING_URI"])
+    after = found(uri_of(team.server))
+    assert len(before) >= 4
+    assert {run: after[run] for run in before} == before
+
+
+def uri_of(server: TeamServer) -> str:
+    password = server.credentials["MLFLOW_TRACKING_PASSWORD"]
+    return server.uri.replace("://", f"://admin:{password}@")
+
+
+def test_the_same_seed_gives_the_same_figures(team: Team):
+    for script in ("src/train.py", "src/evaluation.py"):
+        team.run(script, **team.server.credentials)
+    with store.connected(uri_of(team.server)):
+        for experiment in ("train/casting", "eval/casting"):
+            found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+            newest, oldest = figures(found[0]), figures(found[-1])
+            assert len(newest) > 10
+            # The first evaluation had no version in production to compare with.
+            assert newest.items() >= oldest.items()
+
+
+def figures(run: mlflow.entities.Run) -> dict[str, float]:
+    """Return the metrics of a run, without how long it took."""
+    return {name: value for name, value in run.data.metrics.items() if name != "fit_seconds"}
+
+
+def test_nobody_comes_in_without_the_password(team: Team):
+    path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+    refused = [("", ""), ("admin", "wrong"), ("admin", tracking_server.MLFLOWS_PASSWORD)]
+    for user, password in refused:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            team.server.call(path, user, password)
+    said = team.project.fail("src/promote.py", "--list", MLFLOW_TRACKING_URI=team.server.uri)
+    assert "MLFLOW_TRACKING_PASSWORD in .env.local" in said
+    password = team.server.credentials["MLFLOW_TRACKING_PASSWORD"]
+    assert json.loads(team.server.call(path, "admin", password))["experiment"]["name"] == "Default"
+
+
+def test_the_secrets_are_for_their_owner_only(team: Team):
+    folder = team.server.folder / "server"
+    for name in ("secrets.json", "auth.ini"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    kept = json.loads((folder / "secrets.json").read_text())
+    assert min(map(len, kept.values())) >= 24 and len(set(kept.values())) == 3
+    assert not set(kept.values()) & set(team.server.log.read_text().split())
+    # No user of the machine sees them.
+    every = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not any(secret in every for secret in kept.values())
+
+
+def test_a_filled_server_takes_no_store_over(team: Team):
+    # The same folder while it runs, and its database when it does not.
+    said = team.project.fail("src/server.py", "--migrate", **team.server.variables)
+    assert "runs in" in said and "already" in said
+
+
+def test_the_database_is_killed_and_comes_back(team: Team):
+    folder = team.server.folder / "server" / "postgres"
+    env = team.server.credentials
+    killed = int((folder / "postmaster.pid").read_text().split()[0])
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: "is started again" in team.server.log.read_text())
+    wait_for(lambda: int((folder / "postmaster.pid").read_text().split()[0]) != killed)
+    assert team.run("src/promote.py", "--list", **env)
+    assert team.run("src/inference.py", team.image, **env) == team.verdict
+
+
+def test_a_server_that_is_killed_starts_again(team: Team):
+    """Its children go on without it: the database is used, and MLflow gives way."""
+    team.server.process.kill()
+    team.server.process.wait()
+    team.server.start()
+    assert team.run("src/inference.py", team.image, **team.server.credentials) == team.verdict
+    assert team.server.stop() == 143
+    assert not postgres_of(team.server.folder)
+    team.server.start()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The variables of an S3 of this machine, with a bucket."""
+    moto = pytest.importorskip("moto.server", reason="needs requirements-tests.txt")
+    import boto3
+
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with mock.patch.dict(os.environ, keys):
+        s3 = boto3.client("s3", "us-east-1", endpoint_url=address)
+        s3.create_bucket(Bucket="castings")
+        yield keys | {"MLFLOW_S3_ENDPOINT_URL": address}, s3
+    server.stop()
+
+
+def test_a_given_database_and_artifacts_in_a_bucket(team: Team, bucket, tmp_path: Path):
+    """The sqlite store is taken over into both; the version is fetched from there."""
+    keys, s3 = bucket
+    settings = json.loads((team.server.folder / "server" / "secrets.json").read_text())
+    cluster = Cluster(team.server.folder / "server" / "postgres", settings["database_password"])
+    engine = sqlalchemy.create_engine(with_driver(cluster.uri), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE DATABASE second"))
+    engine.dispose()
+    second = TeamServer(team.project)
+    second.variables |= keys | {
+        "SERVER_DATABASE": cluster.uri.replace("/mlflow?", "/second?"),
+        "SERVER_ARTIFACTS": "s3://castings/mlflow",
+    }
+    try:
+        team.run("src/server.py", "--migrate", **second.variables)
+        filled = team.project.fail("src/server.py", "--migrate", **second.variables)
+        assert "holds runs or models already" in filled and "***" in filled
+        assert settings["database_password"] not in filled
+        second.start()
+        team.project.configure(lambda config: config["paths"].update(cache=str(tmp_path)))
+        assert team.run("src/inference.py", team.image, **second.credentials) == team.verdict
+        named = {one["Key"].split("/")[0] for one in s3.list_objects(Bucket="castings")["Contents"]}
+        assert named == {"mlflow"}
+        assert not (second.folder / "server" / "postgres").exists()
+    finally:
+        team.project.configure(lambda config: config["paths"].update(cache=str(Project.cache)))
+        second.delete()
