@@ -7,6 +7,8 @@
 # make requirements             pin what the requirements*.in need, with hashes
 # make server                   a tracking server for a team, with PostgreSQL and passwords
 # make server-migrate           copy the sqlite store into that server
+# make backup TO=folder         copy everything that cannot be made again, while it runs
+# make restore FROM=folder      put a backup into a new clone
 # make bench                    the figures of the documentation, about an hour
 
 PYTHON := .venv/bin/python
@@ -17,7 +19,7 @@ compile = UV_CUSTOM_COMPILE_COMMAND="make requirements, from $(1).in" .cache/uv/
 	$(1).in --output-file $(1).txt
 
 .PHONY: setup pipeline test test-fast sample lint requirements bench \
-	server server-migrate
+	server server-migrate backup restore
 
 setup: .venv/.installed
 
@@ -43,6 +45,12 @@ server: .venv/.server
 
 server-migrate: .venv/.server
 	@$(PYTHON) src/server.py --migrate
+
+backup: .venv/.installed
+	@$(PYTHON) src/backup.py --to "$(TO)"
+
+restore: $(if $(wildcard $(FROM)/server),.venv/.server,.venv/.installed)
+	@$(PYTHON) src/backup.py --restore "$(FROM)"
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -1,5 +1,6 @@
 """What several tests need: drawn images, a tracking store, a copy of the project to run."""
 
+import fcntl
 import io
 import json
 import os
@@ -31,6 +32,7 @@ import preloaded
 from defect_detection import settings
 from defect_detection.dataset.folder import DataFolder
 from defect_detection.dataset.split import Dataset
+from defect_detection.operations import stores as stored
 from defect_detection.registry import saved_model
 from defect_detection.registry import store as stores
 from defect_detection.runtime.preprocessing import ImageFormat
@@ -214,6 +216,15 @@ class Project:
         self.data = root / "data"
         self.configure(lambda config: config["model_parameters"].update(SMALL))
         self.configure(lambda config: config["paths"].update(cache=str(self.cache)))
+
+    def become(self, other: "Project") -> None:
+        """Be a copy of another project with its data, its store and its artifacts."""
+        for name in ("data", "mlruns", "mlflow.db", "best_model.json"):
+            source, target = other.root / name, self.root / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        with stored.read(f"sqlite:///{self.root / 'mlflow.db'}") as engine:
+            places = [(other.root / "mlruns").as_uri(), (self.root / "mlruns").as_uri()]
+            stored.move(engine, [stored.Place(*places)])
 
     def make_store(self) -> None:
         """Give the project an empty store; MLflow takes seconds to make one, so one is copied."""
@@ -435,6 +446,34 @@ SETS = [
 SMALL = {"image_size": [64, 64], "variants": 240, "sets": SETS[:1]}
 
 
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Project:
+    """A project with two versions in production, made once for all processes of a test run."""
+    alone = worker_id == "master"
+    folder = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    with (folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "trained" / "whole").exists():
+            shutil.rmtree(folder / "trained", ignore_errors=True)
+            made = Project(folder / "trained")
+            draw_folders(made.data, train=80, test=20)
+            made.make_store()
+            made.succeed("src/train.py")
+            made.succeed("src/evaluation.py")
+            made.succeed("src/evaluation.py")
+            (folder / "trained" / "whole").touch()
+    known = Project.__new__(Project)
+    known.root = folder / "trained"
+    return known
+
+
+@pytest.fixture
+def trained(project: Project, _trained: Project) -> Project:
+    """A project that was trained and evaluated twice; version 2 is the same model again."""
+    project.become(_trained)
+    return project
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A copy of the project without data."""
@@ -442,7 +481,7 @@ def project(tmp_path: Path) -> Project:
 
 
 # What `make test-fast` leaves out: fits, TensorFlow, scripts, servers, browsers, races.
-SLOW_FIXTURES = {"project", "tracking_server", "logged_model", "model_folder", "browsed"}
+SLOW_FIXTURES = {"project", "trained", "tracking_server", "logged_model", "model_folder", "browsed"}
 SLOW_MODULES = {
     "test_augmentation",
     "test_classifier",

@@ -41,6 +41,7 @@ class TeamServer:
             "SERVER_PATH": str(self.folder / "server"),
             "SERVER_PORT": str(self.port),
             "SERVER_HOST": "127.0.0.1",
+            "MLFLOW_WORKERS": "2",  # processes of MLflow, which start on two cores
         }
 
     @property

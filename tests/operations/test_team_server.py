@@ -14,7 +14,7 @@ import mlflow
 import pytest
 import sqlalchemy
 
-from conftest import Project, draw_folders, wait_for
+from conftest import Project, wait_for
 from defect_detection.operations import tracking_server
 from defect_detection.operations.postgres import Cluster, with_driver
 from defect_detection.registry import store
@@ -24,14 +24,10 @@ from team import TeamServer, postgres_of, require_postgres
 class Team:
     """A project that was trained with a sqlite store, and the server that took it over."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trained: Project):
         self.project = Project(folder / "project")
-        draw_folders(self.project.data, train=80, test=20)
+        self.project.become(trained)
         self.sqlite = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.project.root}/mlflow.db"}
-        self.project.make_store()
-        self.project.succeed("src/train.py")
-        self.project.succeed("src/evaluation.py")
-        self.project.succeed("src/evaluation.py")
         self.image = next((self.project.data / "test" / "def_front").iterdir())
         self.listed = self.project.succeed("src/promote.py", "--list")
         self.verdict = self.project.succeed("src/inference.py", self.image)
@@ -44,9 +40,9 @@ class Team:
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory):
+def team(tmp_path_factory, _trained: Project):
     require_postgres()
-    made = Team(tmp_path_factory.mktemp("team"))
+    made = Team(tmp_path_factory.mktemp("team"), _trained)
     yield made
     made.server.delete()
 
@@ -152,6 +148,30 @@ def test_the_database_is_killed_and_comes_back(team: Team):
     wait_for(lambda: int((folder / "postmaster.pid").read_text().split()[0]) != killed)
     assert team.run("src/promote.py", "--list", **env)
     assert team.run("src/inference.py", team.image, **env) == team.verdict
+
+
+def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: Path):
+    """The server runs on; the new one has its versions, its record, its users and its artifacts."""
+    listed = team.run("src/promote.py", "--list", **team.server.credentials)
+    env = team.server.credentials | team.server.variables
+    said = team.run("src/backup.py", "--to", tmp_path / "backups", **env)
+    made = said.partition(":")[0]
+    project = Project(tmp_path / "new")
+    project.configure(lambda config: config["paths"].update(cache=str(tmp_path / "cache")))
+    other = TeamServer(project)
+    try:
+        project.succeed(
+            *("src/backup.py", "--restore", made),
+            **other.variables | {"MLFLOW_TRACKING_URI": other.uri},
+        )
+        other.start()
+        assert other.credentials == team.server.credentials | {"MLFLOW_TRACKING_URI": other.uri}
+        assert project.succeed("src/promote.py", "--list", **other.credentials) == listed
+        project.configure(lambda config: config["paths"].update(cache=str(tmp_path / "cache")))
+        verdict = project.succeed("src/inference.py", team.image, **other.credentials)
+        assert verdict == team.verdict
+    finally:
+        other.delete()
 
 
 def test_a_server_that_is_killed_starts_again(team: Team):

@@ -270,6 +270,12 @@ class Inbox:
         """Return how often labels contradict verdicts, by verdict and label."""
         return Counter((one.verdict, one.label) for one in self.labels() if one.corrects)
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Let nobody change labels during the block."""
+        with self._locked():
+            yield
+
     @staticmethod
     def _undecided(labels: list[Label], label_id: str) -> Label:
         label = _find(labels, label_id)

@@ -34,6 +34,22 @@ def with_driver(uri: str) -> str:
     return uri.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
+def variables(uri: str) -> dict[str, str]:
+    """Return the variables by which PostgreSQL's own programs know a database.
+
+    The password is not on their command line, which every user of the machine can read.
+    """
+    url = sqlalchemy.engine.make_url(uri)
+    found = {
+        "PGHOST": url.host or str(url.query.get("host", "")),
+        "PGPORT": str(url.port or ""),
+        "PGUSER": url.username or "",
+        "PGPASSWORD": url.password or "",
+        "PGDATABASE": url.database or "",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
 def program(name: str, version: str = "") -> str:
     """Return the path of one of PostgreSQL's programs.
 

@@ -56,11 +56,18 @@ def copy_sqlite(source: Path, target: Path) -> None:
 @contextmanager
 def opened(uri: str) -> Iterator[Engine]:
     """Open the tables of a store for the block; they are made, or brought to this MLflow's form."""
-    engine = utils.create_sqlalchemy_engine(with_driver(uri))
-    try:
+    with read(uri) as engine:
         if not utils._all_tables_exist(engine):
             utils._initialize_tables(engine)
         utils._upgrade_db(engine)
+        yield engine
+
+
+@contextmanager
+def read(uri: str) -> Iterator[Engine]:
+    """Open the tables of a store as they are for the block."""
+    engine = utils.create_sqlalchemy_engine(with_driver(uri))
+    try:
         yield engine
     finally:
         engine.dispose()

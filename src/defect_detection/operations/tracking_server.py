@@ -123,7 +123,7 @@ def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
         if plan.database:
             yield known, plan.database
             return
-        with _cluster(plan, known).running() as uri:
+        with cluster(plan, known).running() as uri:
             yield known, uri
 
 
@@ -164,7 +164,8 @@ def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], 
             _stop(child)
 
 
-def _cluster(plan: ServerPlan, known: Secrets) -> Cluster:
+def cluster(plan: ServerPlan, known: Secrets) -> Cluster:
+    """Return the project's own database, which a server may run."""
     return Cluster(plan.folder / "postgres", known.database_password)
 
 
@@ -172,10 +173,10 @@ def _keep_running(plan: ServerPlan, known: Secrets) -> None:
     """Start the project's own database again if its process was killed; MLflow then goes on."""
     if plan.database:
         return
-    cluster = _cluster(plan, known)
-    if not cluster.runs():
+    own_one = cluster(plan, known)
+    if not own_one.runs():
         log.warning("The database had ended by itself and is started again")
-        cluster.start(cluster.socket)
+        own_one.start(own_one.socket)
 
 
 def _end_former(held: TextIO) -> None:

@@ -160,6 +160,23 @@ def deliver_all(cache: Path, strict: bool = False) -> None:
         raise failed
 
 
+def move(cache: Path, store: tuple[str, str], best_file: str) -> None:
+    """Let the trainings that are kept below `cache` be for a store of another URI.
+
+    Args:
+        cache: as for `training`.
+        store: URI before and after, without passwords.
+        best_file: the file that names the best model from now on.
+    """
+    for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
+        found = _read(folder)
+        if found is not None and found.store == store[0]:
+            purpose = found.purpose
+            if purpose.best_file:
+                purpose = replace(purpose, best_file=best_file)
+            Training(folder, purpose, store[1], found.trained)._write()
+
+
 def _connected_store() -> str:
     return uris.without_password(mlflow.get_tracking_uri())
 

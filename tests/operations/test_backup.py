@@ -1,0 +1,179 @@
+"""Backups, taken while everything runs, and what is restored from them."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import mlflow
+import pytest
+
+import busy
+from conftest import ROOT, Project, wait_for
+from defect_detection import PipelineError
+from defect_detection.dataset.inbox import Inbox, Seen
+from defect_detection.inference.judge import Item, NamedModel, judge
+from defect_detection.inference.verdict_log import Origin, Rules, VerdictLog
+from defect_detection.operations import backup
+from defect_detection.registry import saved_model, store, versions
+
+COPIES = int(os.environ.get("COPIES", "3"))  # backups while everything writes
+
+
+def back_up(project: Project, to: Path, **env: str) -> Path:
+    said = project.succeed("src/backup.py", "--to", to, **env)
+    return Path(said.partition(":")[0])
+
+
+@pytest.fixture
+def lived_in(trained: Project) -> Project:
+    """A project with a choice of a person, verdicts, labels and a job."""
+    trained.succeed("src/promote.py", "--version", "2", "--why", "a trial")
+    inbox = Inbox(trained.data)
+    image = next((trained.data / "train" / "ok_front").iterdir()).read_bytes()
+    seen = Seen(1, "defect", 0.9, "Production_Reg/1", "review", "part")
+    label = inbox.add("ok_front", "Ada", seen, image, blind=False)
+    inbox.approve(label.id, "Grace")
+    incoming = trained.root / "incoming"
+    shutil.copytree(trained.data / "test" / "def_front", incoming)
+    log = VerdictLog(trained.root / ".line", Rules())
+    judged_all(trained, log)
+    (trained.root / ".env.local").write_text("API_TOKEN=a secret of this plant\n")
+    return trained
+
+
+def judged_all(project: Project, log: VerdictLog) -> None:
+    """Write a verdict on each test image into a log."""
+    with store.connected(f"sqlite:///{project.root}/mlflow.db"):
+        with saved_model.fetched("models:/Production_Reg/1") as files:
+            model = NamedModel.load("Production_Reg/1", str(files))
+            items = [Item(p.name, p.read_bytes()) for p in project.data.glob("test/*/*.jpeg")]
+            found = judge(model, items)
+            log.add(found, [Origin("predict")] * len(found))
+    assert log.flush(10) == 0
+
+
+def what_people_see(project: Project) -> list[object]:
+    """Return history, versions, verdicts and labels."""
+    image = next((project.data / "test" / "def_front").iterdir())
+    judged = project.succeed("src/inference.py", image.relative_to(project.root)).strip()
+    with closing(sqlite3.connect(project.root / ".line" / "verdicts.sqlite")) as log:
+        rows = log.execute("SELECT * FROM verdicts ORDER BY id").fetchall()
+    labels = Inbox(project.data).labels()
+    files = [Inbox(project.data).file(one) is not None for one in labels]
+    return [project.succeed("src/promote.py", "--list"), judged, rows, labels, files]
+
+
+def test_a_restored_project_is_the_same(lived_in: Project, tmp_path: Path):
+    before = what_people_see(lived_in)
+    made = back_up(lived_in, tmp_path / "backups")
+    assert made.stat().st_mode & 0o077 == 0
+    # Nothing of where it came from is needed.
+    test_images = tmp_path / "test"
+    (lived_in.data / "test").rename(test_images)
+    lived_in.root.rename(tmp_path / "lost")
+    new = Project(tmp_path / "new")
+    new.data.mkdir()
+    said = new.succeed("src/backup.py", "--restore", made)
+    assert "Restored" in said
+    test_images.rename(new.data / "test")
+    assert what_people_see(new) == before
+    assert (new.root / ".env.local").read_text() == "API_TOKEN=a secret of this plant\n"
+    assert (new.root / ".env.local").stat().st_mode & 0o077 == 0
+    (tmp_path / "lost" / "data" / "train").rename(new.data / "train")
+    new.succeed("src/evaluation.py")  # best_model.json, and the Keras model in the new place
+
+
+def test_nothing_is_restored_over_something_or_from_a_damaged_backup(
+    trained: Project, tmp_path: Path
+):
+    made = back_up(trained, tmp_path / "backups")
+    before = (trained.root / "mlflow.db").read_bytes()
+    said = trained.fail("src/backup.py", "--restore", made)
+    assert "is there already. Nothing was restored" in said
+    assert (trained.root / "mlflow.db").read_bytes() == before
+
+    for damage in (flip_a_bit, lose_a_file, tear_the_manifest, lose_the_manifest):
+        damaged = Path(shutil.copytree(made, tmp_path / damage.__name__))
+        damage(damaged)
+        with pytest.raises(PipelineError, match=r"damaged|holds no backup"):
+            backup.read(damaged)
+    new = Project(tmp_path / "new")
+    said = new.fail("src/backup.py", "--restore", damaged)
+    assert "holds no backup" in said
+    assert not (new.root / "mlflow.db").exists() and not (new.root / "mlruns").exists()
+
+
+def flip_a_bit(made: Path) -> None:
+    content = bytearray((made / "store" / "mlflow.db").read_bytes())
+    content[len(content) // 2] ^= 1
+    (made / "store" / "mlflow.db").write_bytes(content)
+
+
+def lose_a_file(made: Path) -> None:
+    next((made / "store" / "artifacts").rglob("*.keras")).unlink()
+
+
+def tear_the_manifest(made: Path) -> None:
+    text = (made / "manifest.json").read_text()
+    (made / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def lose_the_manifest(made: Path) -> None:
+    (made / "manifest.json").unlink()
+
+
+def test_backups_while_everything_writes_are_whole(lived_in: Project, tmp_path: Path):
+    """Versions, verdicts and labels come in all the time; each backup is of one moment."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "busy.py", kind, lived_in.root],
+            env=lived_in.environment(),
+        )
+        for kind in busy.KINDS
+    ]
+    counts = []
+    try:
+        begun = written(lived_in)
+        wait_for(lambda: all(now > one for now, one in zip(written(lived_in), begun, strict=True)))
+        for number in range(COPIES):
+            made = back_up(lived_in, tmp_path / "backups")
+            assert all(one.poll() is None for one in writers)
+            new = Project(tmp_path / "new" / str(number))
+            new.succeed("src/backup.py", "--restore", made)
+            require_whole(new)
+            counts.append(written(new))
+            shutil.rmtree(new.root)
+            shutil.rmtree(made)
+    finally:
+        for one in writers:
+            one.kill()
+            one.wait()
+    print(f"{COPIES} backups, of {counts[0]} to {counts[-1]} versions, verdicts and labels")
+    assert counts == sorted(counts) and counts[0] < counts[-1]  # they did write meanwhile
+
+
+def written(project: Project) -> tuple[int, ...]:
+    """Return how many versions, verdicts and labels there are."""
+    with closing(sqlite3.connect(project.root / "mlflow.db", timeout=60)) as database:
+        (registered,) = database.execute("SELECT count(*) FROM model_versions").fetchone()
+    with closing(sqlite3.connect(project.root / ".line" / "verdicts.sqlite")) as log:
+        (judged,) = log.execute("SELECT count(*) FROM verdicts").fetchone()
+    return registered, judged, len(Inbox(project.data).labels())
+
+
+def require_whole(project: Project) -> None:
+    """Fail unless all that the databases and the table of labels name is there."""
+    with store.connected(f"sqlite:///{project.root}/mlflow.db"):
+        for version in versions.with_accuracy("Production_Reg"):
+            if run := version.tags.get("busy"):
+                assert len(mlflow.artifacts.load_text(f"runs:/{run}/{busy.NOTE}")) >= 20_000
+        saved_model.load_classifier(versions.in_production("Production_Reg").uri)
+    with closing(sqlite3.connect(project.root / ".line" / "verdicts.sqlite")) as log:
+        assert log.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    inbox = Inbox(project.data)
+    for label in inbox.labels():
+        assert (inbox.file(label) is None) == (label.state == "rejected"), label
