@@ -29,7 +29,7 @@ from defect_detection.pipeline.fit import FitPlan  # noqa: E402
 from defect_detection.pipeline.journal import RunInfo  # noqa: E402
 from defect_detection.pipeline.record import Trained  # noqa: E402
 from defect_detection.pipeline.register import Rules  # noqa: E402
-from defect_detection.registry import promotion, saved_model, store, versions  # noqa: E402
+from defect_detection.registry import promotion, runs, saved_model, store, versions  # noqa: E402
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version  # noqa: E402
 from defect_detection.runtime.preprocessing import ImageFormat  # noqa: E402
 from defect_detection.service.reporter import Reporter  # noqa: E402
@@ -85,7 +85,7 @@ def main() -> None:
     evaluation = EvaluationPlan(rules, prefix="test_", outcome=reporter)
 
     cache = settings.from_root(config.paths.cache)
-    with store.connected(settings.tracking_uri(env), create=True):
+    with store.connected(settings.tracking_uri(env), create=True), runs.watched(cache):
         delivery.deliver_all(cache)
         promotion.check_record(names.production_model_name)
         store.open_experiment(names.experiment_name)  # an error comes before the work

@@ -14,7 +14,7 @@ from defect_detection.pipeline import record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.evaluate import EvaluationPlan, evaluate_and_register
 from defect_detection.pipeline.register import Rules
-from defect_detection.registry import promotion, saved_model, store
+from defect_detection.registry import promotion, runs, saved_model, store
 
 
 def main() -> None:
@@ -27,7 +27,9 @@ def main() -> None:
     promote = cli.command("src/promote.py", options, ["config"])
     plan = EvaluationPlan(Rules(config.names, config.decisions, promotion.actor(env), promote))
 
-    with store.connected(settings.tracking_uri(env)):
+    cache = settings.from_root(config.paths.cache)
+    uri = settings.tracking_uri(env)
+    with store.patience(), store.connected(uri, store.LOCKED_SECONDS), runs.watched(cache):
         promotion.check_record(config.names.production_model_name)
         best = BestModel.read(config.best_model, cli.command("src/train.py", options))
         classifier = saved_model.load_classifier(best.model_uri)

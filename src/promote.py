@@ -5,7 +5,7 @@ from, or past, is set aside: evaluations do not give it prod again, only a perso
 """
 
 from defect_detection import cli, settings
-from defect_detection.registry import promotion, store, versions
+from defect_detection.registry import promotion, runs, store, versions
 from defect_detection.registry.promotion import Change, Recorded
 from defect_detection.registry.versions import PRODUCTION_ALIAS, Version
 
@@ -23,9 +23,11 @@ def main() -> None:
     parser.add_argument("--why", metavar="TEXT", help="the reason, which is recorded")
     options = parser.parse_args()
     env = settings.environment()
-    name = settings.read_config(options.config).names.production_model_name
+    config = settings.read_config(options.config)
+    name, cache = config.names.production_model_name, settings.from_root(config.paths.cache)
 
-    with store.connected(settings.tracking_uri(env)):
+    uri = settings.tracking_uri(env)
+    with store.patience(), store.connected(uri, store.LOCKED_SECONDS), runs.watched(cache):
         promotion.check_record(name)
         by = promotion.actor(env)
         if options.version is not None:

@@ -28,7 +28,7 @@ from defect_detection.pipeline.delivery import Purpose, Training
 from defect_detection.pipeline.fit import FitPlan, Fold
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import TRAINING_TAG
-from defect_detection.registry import store
+from defect_detection.registry import runs, store
 from defect_detection.runtime.preprocessing import ImageFormat
 from defect_detection.settings import Config, HyperParameters, ModelParameters
 
@@ -50,7 +50,7 @@ def main() -> None:
     best_file = config.best_model
     require_writable(best_file.parent)
 
-    with store.connected(settings.tracking_uri(env), create=not options.sync):
+    with store.connected(settings.tracking_uri(env), create=not options.sync), runs.watched(cache):
         delivery.deliver_all(cache, strict=options.sync)
         if options.sync:
             return

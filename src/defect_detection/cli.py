@@ -1,6 +1,7 @@
 """What all scripts share: the parser, logging, and errors in one line."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -125,9 +126,11 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         sys.exit(141)
     except OSError as error:
-        if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        sys.exit(printable(f"error: {error.filename}: {error.strerror}"))
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(printable(f"error: {where}{error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

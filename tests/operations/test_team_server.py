@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import signal
 import stat
 import subprocess
+import threading
 import urllib.error
 from pathlib import Path
 from unittest import mock
@@ -14,10 +16,13 @@ import mlflow
 import pytest
 import sqlalchemy
 
-from conftest import Project, wait_for
+import preloaded
+from conftest import Project, draw_folders, wait_for
+from defect_detection import StoreError
 from defect_detection.operations import tracking_server
 from defect_detection.operations.postgres import Cluster, with_driver
-from defect_detection.registry import store
+from defect_detection.registry import store, versions
+from plant import FAULTS, SETS, Plant
 from team import TeamServer, postgres_of, require_postgres
 
 
@@ -148,6 +153,82 @@ def test_the_database_is_killed_and_comes_back(team: Team):
     wait_for(lambda: int((folder / "postmaster.pid").read_text().split()[0]) != killed)
     assert team.run("src/promote.py", "--list", **env)
     assert team.run("src/inference.py", team.image, **env) == team.verdict
+
+
+@pytest.fixture
+def plants(team: Team, tmp_path: Path, model_folder: Path) -> list[Plant]:
+    """Two machines that work with the server."""
+    draw_folders(tmp_path / "data", train=3, test=8)
+    made = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        made.append(Plant(tmp_path / name, uri_of(team.server), model_folder, tmp_path))
+        made[-1].name = tmp_path.name
+        made[-1].train()
+    return made
+
+
+def test_the_database_is_killed_in_the_middle(team: Team, plants: list[Plant]):
+    plant, chance, kept, failed = plants[0], random.Random(7), 0, 0
+    folder = team.server.folder / "server" / "postgres"
+    plant.evaluate()
+    for number in range(FAULTS):
+        killer = threading.Timer(chance.uniform(0, 2), kill_database, [folder])
+        killer.start()
+        try:
+            plant.train()
+        except StoreError:
+            kept += 1
+        assert len(plant.told.read_text().splitlines()) == (number + 2) * SETS
+        killer.join()
+        wait_until_whole(plant)
+        killer = threading.Timer(chance.uniform(0, 2), kill_database, [folder])
+        killer.start()
+        try:
+            plant.evaluate()
+        except StoreError as error:
+            failed += 1
+            assert "\n" not in str(error), error
+        killer.join()
+        wait_until_whole(plant)
+    print(f"\ndatabase killed {2 * FAULTS} times: {kept} trainings to be delivered later, {failed}")
+    print(f"of {FAULTS} evaluations ended in one line. Nothing lost or half")
+
+
+def kill_database(folder: Path) -> None:
+    os.kill(int((folder / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+
+def wait_until_whole(plant: Plant) -> None:
+    """Start again until the server has its database."""
+
+    def started() -> bool:
+        try:
+            plant.start_again()
+            plant.require_whole()
+        except StoreError:
+            return False
+        return True
+
+    wait_for(started, 60)
+
+
+def test_two_machines_register_at_once(plants: list[Plant]):
+    """In any order: every version is there, one has the alias, and the record is whole."""
+    for _ in range(FAULTS):
+        processes = [preloaded.processes().Process(target=one.evaluate) for one in plants]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+            assert process.exitcode == 0
+    with store.connected(plants[0].uri):
+        found = versions.with_accuracy(plants[0].name)
+        assert [one.number for one in found] == list(range(1, 2 * FAULTS + 1))
+        assert all(one.released for one in found)
+        assert versions.in_production(plants[0].name) is not None
+    for one in plants:
+        one.require_whole()
 
 
 def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: Path):

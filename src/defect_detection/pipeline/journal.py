@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from defect_detection import StoreError, uris
 from defect_detection.atomic import replace_atomically
-from defect_detection.registry import saved_model, store
+from defect_detection.registry import runs, saved_model, store
 from defect_detection.registry.store import first_line
 from defect_detection.runtime.model_files import ServedModel
 
@@ -79,6 +79,9 @@ class Journal:
 
     def __init__(self, folder: Path, info: RunInfo):
         """Begin a run in a new folder."""
+        # By the tag it is found if the process is killed before the run's id is written.
+        token = f"{folder.parent.name}-{folder.name}"
+        info = replace(info, tags={**info.tags, runs.CLAIM: token})
         self.folder, self.info = folder, info
         (folder / FILES).mkdir(parents=True)
         self.info.write(folder)
@@ -178,7 +181,7 @@ def deliver(folder: Path) -> RunInfo:
         MlflowException, SQLAlchemyError, OSError: MLflow does not take it; it is kept.
         ValueError, TypeError, KeyError: the files are damaged.
     """
-    info = _start(RunInfo.read(folder))
+    info = _start(_found(RunInfo.read(folder)))
     try:
         info.write(folder)
         entries = list(_entries(folder))
@@ -186,7 +189,8 @@ def deliver(folder: Path) -> RunInfo:
             _send(entry, folder)
         calls = {entry["call"]: entry for entry in entries}
         if "model" in calls and not info.model_uri:
-            info = replace(info, model_uri=_send_model(folder / MODEL))
+            uri = saved_model.logged_by(info.run_id) or _send_model(folder / MODEL)
+            info = replace(info, model_uri=uri)
             info.write(folder)
         # Whoever was killed has not written how the run ended.
         status = "FINISHED" if "model" in calls else "KILLED"
@@ -234,6 +238,15 @@ def _start(info: RunInfo) -> RunInfo:
         tags=dict(info.tags),
     )
     return replace(info, run_id=run.info.run_id)
+
+
+def _found(info: RunInfo) -> RunInfo:
+    """Return a run with its id, if MLflow has made it and the process was killed then."""
+    token = info.tags.get(runs.CLAIM)
+    if info.run_id or token is None:
+        return info
+    run = runs.with_claim(store.open_experiment(info.experiment), token)
+    return info if run is None else replace(info, run_id=run.info.run_id)
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:

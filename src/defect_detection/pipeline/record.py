@@ -11,6 +11,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import figures, labels, report
@@ -20,7 +21,7 @@ from defect_detection.evaluation.parity import Parity
 from defect_detection.evaluation.result import Evaluation
 from defect_detection.pipeline.fit import Fit, FitPlan, Fold
 from defect_detection.pipeline.journal import Journal, RunInfo, log_data
-from defect_detection.registry import saved_model
+from defect_detection.registry import runs, saved_model
 from defect_detection.registry.versions import PARENT, TRAINED, Version
 from defect_detection.runtime.decision import ACCURACY_THRESHOLD
 from defect_detection.runtime.model_files import ServedModel
@@ -62,9 +63,7 @@ def run(
     experiment: str, name: str, description: str, tags: dict[str, str] | None = None
 ) -> Iterator[None]:
     """Open a run for the block, in the experiment with the id `experiment`."""
-    with mlflow.start_run(
-        experiment_id=experiment, run_name=name, description=description, tags=tags
-    ):
+    with runs.opened(experiment, name, {**(tags or {}), MLFLOW_RUN_NOTE: description}):
         yield
 
 
@@ -85,7 +84,7 @@ def kept_run(kept: Path, info: RunInfo) -> Iterator[Journal]:
 @contextmanager
 def gone_on(run_id: str) -> Iterator[None]:
     """Open a run that had ended again, for the block."""
-    with mlflow.start_run(run_id=run_id):
+    with runs.reopened(run_id):
         yield
 
 

@@ -15,7 +15,7 @@ from mlflow.entities import Run
 from pydantic import TypeAdapter
 
 from defect_detection import PipelineError
-from defect_detection.registry import store, versions
+from defect_detection.registry import runs, store, versions
 from defect_detection.registry.versions import PRODUCTION_ALIAS, SET_ASIDE, Version
 
 log = logging.getLogger(__name__)
@@ -304,11 +304,13 @@ def _move(
             for number, v in known.items()
         },
     )
-    with mlflow.start_run(
-        experiment_id=store.open_experiment(EXPERIMENT.format(target.name)),
-        run_name=f"{PRODUCTION_ALIAS}: version {target.number}",
-        nested=True,  # in the run of an evaluation, if there is one
-        tags={CHANGE: json.dumps(asdict(change)), "promotion.after": str(target.number)},
+    # The order of changes is that of their runs, also when the clock was set back.
+    newest = max((one.began for one in history(target.name, LOOKED_AT)), default=0)
+    with runs.opened(
+        store.open_experiment(EXPERIMENT.format(target.name)),
+        f"{PRODUCTION_ALIAS}: version {target.number}",
+        {CHANGE: json.dumps(asdict(change)), "promotion.after": str(target.number)},
+        after=newest + 1,
     ) as run:
         mlflow.log_dict(asdict(change), "promotion.json")
         if set_aside is not None:  # first, so that no evaluation moves it back in between
@@ -370,7 +372,7 @@ def _read(run: Run) -> Recorded | None:
         change = _CHANGES.validate_json(tags.get(CHANGE, ""))
     except ValueError:
         return None
-    done, ended = tags.get(DONE) == "true", info.end_time or info.start_time
+    done, ended = tags.get(DONE) == "true", max(info.end_time or 0, info.start_time)
     return Recorded(change, info.run_id, _commit(run), done, info.start_time, ended)
 
 

@@ -76,6 +76,20 @@ def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
     return logged.model_uri
 
 
+def logged_by(run_id: str) -> str:
+    """Return the URI of the model that a run logged, "" if it logged none.
+
+    A model of which only a part was logged, since the process was killed then, is deleted.
+    """
+    client = MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    for model in models:
+        if CHECKSUM not in model.tags:  # it is set last
+            client.delete_logged_model(model.model_id)
+    return next((one.model_uri for one in models if CHECKSUM in one.tags), "")
+
+
 def _save(
     path: str,
     mlflow_model: "Model",

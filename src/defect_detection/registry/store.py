@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import mlflow
+import requests
 import sqlalchemy
 from mlflow.environment_variables import MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_USERNAME
 from mlflow.exceptions import MlflowException
@@ -27,12 +28,36 @@ from defect_detection.uris import without_password
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
-LOCKED_SECONDS = 60  # how long writers wait for another one
+LOCKED_SECONDS = 90  # how long writers wait for another one
+USUAL_PATIENCE = 5  # seconds
 SQLITE_HEAD = b"SQLite format 3\0"
 ANOTHER = "or set MLFLOW_TRACKING_URI in .env"
 
 # It logs errors with a traceback, and raises them too.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+_patience: float = USUAL_PATIENCE  # seconds that a call waits while a sqlite store is locked
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.Pool, "checkout")
+def _wait_for_writers(connection: object, *_: object) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute(f"PRAGMA busy_timeout = {int(1000 * _patience)}")
+
+
+@contextmanager
+def patience(seconds: float = LOCKED_SECONDS) -> Iterator[None]:
+    """Wait longer for other writers of a sqlite store in the block: what it writes is kept nowhere.
+
+    A training waits less, since it goes on without MLflow.
+    """
+    global _patience
+    before, _patience = _patience, seconds
+    try:
+        yield
+    finally:
+        _patience = before
 
 
 @contextmanager
@@ -61,6 +86,8 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS, create: bool = False) 
     try:
         yield
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise StoreError(_explain(error, uri)) from error
+    except requests.RequestException as error:
         raise StoreError(_explain(error, uri)) from error
     except OSError as error:  # of a folder store, which MLflow also writes to in order to read
         files = local if bare.startswith("file:") else None
@@ -137,9 +164,9 @@ def _has_tables(uri: str, seconds: float, create: bool) -> bool:
         if create and not os.access(path, os.W_OK):
             raise PermissionError(0, "it is read-only")
         connect = partial(sqlite3.connect, f"file:{quote(str(path))}?mode=rw", uri=True)
-        options["creator"] = partial(connect, timeout=LOCKED_SECONDS if create else seconds)
+        options["creator"] = connect
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
-    with engine.connect() as connection:
+    with patience(LOCKED_SECONDS if create else seconds), engine.connect() as connection:
         return sqlalchemy.inspect(connection).has_table("alembic_version")
 
 

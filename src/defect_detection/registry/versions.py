@@ -176,6 +176,18 @@ def with_accuracy(name: str) -> list[Version]:
     return sorted(found, key=lambda version: version.number)
 
 
+def half_registered(evaluation: str) -> list[Version]:
+    """Return the versions that an evaluation registered and did not end, by the id of its run."""
+    found = MlflowClient().search_model_versions(f"tags.`{EVALUATED_BY}` = '{evaluation}'")
+    every = [Version(v.name, int(v.version), math.nan, v.tags, v.source) for v in found]
+    return [one for one in every if not one.released and one.why_not_released in ("", UNFINISHED)]
+
+
+def delete(version: Version) -> None:
+    """Delete a version."""
+    MlflowClient().delete_model_version(version.name, str(version.number))
+
+
 @cache
 def _warn_of(name: str, number: str) -> None:  # once
     log.warning("%s version %s has no accuracy in its tag 'acc'", name, number)
