@@ -10,22 +10,24 @@ or by --sync.
 """
 
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defect_detection import PipelineError, cli, progress, settings
+from defect_detection import PipelineError, cli, cluster, progress, settings
 from defect_detection.atomic import require_writable
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
-from defect_detection.dataset.split import Split
+from defect_detection.dataset.split import Dataset, Split
 from defect_detection.evaluation import release
 from defect_detection.evaluation.labels import LabelError
 from defect_detection.pipeline import delivery, fit, record, tell
 from defect_detection.pipeline.delivery import Purpose, Training
-from defect_detection.pipeline.fit import FitPlan, Fold
+from defect_detection.pipeline.fit import Engine, FitPlan, Fold
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import TRAINING_TAG
 from defect_detection.registry import runs, store
@@ -41,6 +43,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python src/train.py --data ~/images/castings")
     parser.add_argument("--folds", type=_folds, metavar="N", help="cross-validate instead")
     parser.add_argument("--sync", action="store_true", help="only deliver what MLflow lacks")
+    parser.add_argument("--ray", metavar="ADDRESS", help="fit on this Ray cluster, such as auto")
     parser.add_argument("--set", metavar="NAME", help="fit only this set of the configuration")
     options = parser.parse_args()
     env = settings.environment()
@@ -68,12 +71,14 @@ def main() -> None:
             sets = of_good_parts(sets)
         plans = [plan(config, one, takes, cache, device) for one in sets]
         if options.folds:
-            tell.folds(cross_validate_sets(plans, split, experiment_id, options.folds))
+            with engine(options.ray, plans, split.training, options.folds) as fits:
+                tell.folds(cross_validate_sets(plans, split, experiment_id, options.folds, fits))
             return
         sync = f"{cli.command('src/train.py', options)} --sync"
         purpose = Purpose(len(plans), split.training.digest, str(best_file), sync)
         with delivery.training(cache, purpose) as kept:
-            fit_sets(plans, split, experiment, kept)
+            with engine(options.ray, plans, split.training) as fits:
+                fit_sets(plans, split, experiment, kept, fits)
             kept.finish()
     trained = list(kept.trained.values())
     tell.sets(trained, kept.best, best_file, cli.command("src/evaluation.py", options))
@@ -123,7 +128,23 @@ def build(takes: ImageFormat, hyper: HyperParameters) -> "keras.Model":
     return network.build(takes.shape, hyper)
 
 
-def fit_sets(plans: list[FitPlan], split: Split, experiment: str, kept: Training) -> None:
+@contextmanager
+def engine(
+    ray: str | None, plans: list[FitPlan], data: Dataset, folds: int | None = None
+) -> Iterator[Engine]:
+    """Yield what fits the sets: this process, or the Ray cluster at an address."""
+    if ray is None:
+        yield fit
+        return
+    with cluster.connected(ray):
+        from defect_detection.pipeline.on_ray import OnRay
+
+        yield OnRay(plans, data, folds)
+
+
+def fit_sets(
+    plans: list[FitPlan], split: Split, experiment: str, kept: Training, fits: Engine = fit
+) -> None:
     """Fit each set to the same images and log it in a run of its own."""
     tags = {TRAINING_TAG: datetime.now(timezone.utc).isoformat()}
     data = split.training
@@ -137,7 +158,7 @@ def fit_sets(plans: list[FitPlan], split: Split, experiment: str, kept: Training
                 record.leakage(split)
                 record.plan(planned, data, set=planned.name)
                 on_epoch = partial(report_epoch, planned)
-                fitted = fit.fit(planned, data, record.device, on_epoch, shown)
+                fitted = fits.fit(planned, data, record.device, on_epoch, shown)
                 record.fit(fitted)
                 report_label_errors(fit.label_errors(fitted, data))
                 trained.append(record.model(fitted, fit.to_served(fitted, data), example))
@@ -156,7 +177,7 @@ def report_epoch(planned: FitPlan, number: int, values: dict[str, float]) -> Non
 
 
 def cross_validate_sets(
-    plans: list[FitPlan], split: Split, experiment: str, folds: int
+    plans: list[FitPlan], split: Split, experiment: str, folds: int, fits: Engine = fit
 ) -> dict[str, list[Fold]]:
     """Cross-validate each set on the same folds and log it in a run of its own."""
     validated, data = {}, split.training
@@ -167,7 +188,9 @@ def cross_validate_sets(
             with record.run(experiment, f"{planned.name} {folds} folds", said):
                 record.dataset(data, "training")
                 record.plan(planned, data, set=planned.name, folds=folds)
-                scored = fit.cross_validate(planned, data, folds, record.device, report_fold, shown)
+                scored = fits.cross_validate(
+                    planned, data, folds, record.device, report_fold, shown
+                )
                 record.folds(scored)
             validated[planned.name] = scored
     return validated

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -78,6 +78,31 @@ def costs(plans: list[FitPlan], fits: int = 1) -> dict[str, float]:
         for one in plans
     }
     return features | epochs
+
+
+class Engine(Protocol):
+    """What fits: this module, or a cluster."""
+
+    def fit(
+        self,
+        plan: "FitPlan",
+        data: Dataset,
+        on_device: "Callable[[Device], None]",
+        on_epoch: Callable[[int, dict[str, float]], None],
+        progress: Progress,
+    ) -> "Fit":
+        """Do as the function `fit` does."""
+
+    def cross_validate(
+        self,
+        plan: "FitPlan",
+        data: Dataset,
+        folds: int,
+        on_device: "Callable[[Device], None]",
+        on_fold: "Callable[[Fold], None]",
+        progress: Progress,
+    ) -> "list[Fold]":
+        """Do as the function `cross_validate` does."""
 
 
 @dataclass(frozen=True)
@@ -238,23 +263,47 @@ def cross_validate(
     Raises:
         PipelineError: as `fit` raises it.
     """
+    scored = []
+    for number in range(1, folds + 1):
+        told = on_device if number == 1 else lambda device: None
+        scored.append(one_fold(plan, data, (number, folds), told, progress))
+        on_fold(scored[-1])
+        progress.reached(plan.name, number / folds)
+    return scored
+
+
+def one_fold(
+    plan: FitPlan,
+    data: Dataset,
+    fold: tuple[int, int],
+    on_device: "Callable[[Device], None]",
+    progress: Progress,
+) -> Fold:
+    """Fit a model without one fold of the images and score it on the fold.
+
+    Args:
+        plan: how the model is made.
+        data: the images.
+        fold: its number, from 1, and how many there are.
+        on_device: is called with the device before the fit.
+        progress: has the parts of `costs`.
+
+    Raises:
+        PipelineError: as `fit` raises it.
+    """
     from defect_detection.training import devices, fitting
 
     labels, photographs = data.labels, data.photographs
-    divided = holdout.folds(labels, photographs, folds, plan.parameters.seed)
+    divided = holdout.folds(labels, photographs, fold[1], plan.parameters.seed)
     for others, _ in divided:
         _require_photographs(plan, labels[others], photographs[others])
-    scored = []
+    others, rows = divided[fold[0] - 1]
     with devices.chosen(plan.device, plan.make_model, data.images, labels) as device:
         on_device(device)
         computed = _features(plan, plan.make_model(), data, progress)
-        for number, (others, rows) in enumerate(divided, start=1):
-            fitting.make_deterministic(plan.parameters.seed)
-            fitted = _fit(plan, plan.make_model(), computed.among(others))
-            scored.append(_score(fitted, data, rows, number, folds))
-            on_fold(scored[-1])
-            progress.reached(plan.name, number / folds)
-    return scored
+        fitting.make_deterministic(plan.parameters.seed)
+        fitted = _fit(plan, plan.make_model(), computed.among(others))
+        return _score(fitted, data, rows, *fold)
 
 
 def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: int, of: int) -> Fold:

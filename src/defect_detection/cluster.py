@@ -1,0 +1,63 @@
+"""A Ray cluster, connected for a block; its errors come in one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from defect_detection import PipelineError
+
+PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packages are their own
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connect to a cluster for the block.
+
+    Args:
+        address: "auto" for the one of this machine, "host:6379" on one of its machines,
+            "ray://host:10001" from elsewhere, "local" for one that lasts as long as the block.
+
+    Raises:
+        PipelineError: Ray is not installed, the cluster cannot be reached, or a task failed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            "Ray is not installed. Run 'pip install -r requirements-ray.txt'"
+        ) from error
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": [str(PACKAGE)]},
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PipelineError(
+            f"There is no Ray cluster at {address} ({why}). Start one with 'ray start --head'"
+        ) from error
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PipelineError):
+            raise PipelineError(str(error.cause)) from error
+        why = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
+        raise PipelineError(f"A task on the cluster {address} failed: {why}") from error
+    except ray.exceptions.RayError as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PipelineError(f"The cluster {address} failed: {why}. Run this again") from error
+    finally:
+        ray.shutdown()
+
+
+def cores() -> list[int]:
+    """Return the cores of each machine of the connected cluster."""
+    import ray
+
+    found: list[dict[str, Any]] = ray.nodes()
+    return [int(one["Resources"].get("CPU", 0)) for one in found if one["Alive"]]
