@@ -62,6 +62,8 @@ def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
 
     Files are read in threads, so that this one always hears signals.
     """
+    if options.ray:
+        return judge_on_cluster(options, stack)
     # Asking the registry takes two seconds: it begins first and is awaited last.
     production = None if options.model else ask_registry(options)
     if production is not None:
@@ -91,6 +93,26 @@ def infer(options: Namespace, coloured: bool, stack: ExitStack) -> int:
     return worker.submit(judge_all, options, items, judge, output).result()
 
 
+def judge_on_cluster(options: Namespace, stack: ExitStack) -> int:
+    """Judge the images of folders on a Ray cluster; return the exit code."""
+    from defect_detection import cluster
+    from defect_detection.inference.judge import NamedModel
+
+    if options.model:
+        model, folder = NamedModel.load(options.model, options.model), options.model
+    else:
+        production = ask_registry(options)
+        stack.callback(production.close)
+        model, folder = NamedModel.in_production(production), production.current().folder
+    with cluster.connected(options.ray):
+        from defect_detection.inference import on_ray
+
+        counts = on_ray.judge_all(options.pictures, model, Path(folder), options.parquet)
+    print(said(counts, "have a row"))
+    broken = f"their rows in {options.parquet} say why" if counts["error"] else ""
+    return conclude(options, counts, Counter(), broken)
+
+
 def arguments() -> ArgumentParser:
     """Describe the options."""
     parser = cli.parser(__doc__, "python src/inference.py line3/ part.jpeg --csv verdicts.csv")
@@ -103,6 +125,8 @@ def arguments() -> ArgumentParser:
     add("--resume", action="store_true", help="keep the rows of the files, skip their images")
     add("--heatmaps", metavar="DIR", help="write each image with the evidence of a defect")
     add("--fail-on-defect", action="store_true", help="exit code 3 unless every image is ok")
+    add("--ray", metavar="ADDRESS", help="judge folders or s3://bucket/prefix on this cluster")
+    add("--parquet", metavar="DIR", help="with --ray: write rows there, skip images that have one")
     add("--model", metavar="DIR", help="a model's folder instead of the registry's")
     return parser
 
@@ -110,6 +134,10 @@ def arguments() -> ArgumentParser:
 def check(parser: ArgumentParser, options: Namespace) -> None:
     """End with exit code 2 if options contradict each other."""
     files = bool(options.csv or options.jsonl)
+    if bool(options.ray) != bool(options.parquet) or options.ray and not options.pictures:
+        parser.error("--ray needs --parquet and folders, and --parquet needs --ray")
+    if options.ray and (files or options.watch or options.files_from or options.heatmaps):
+        parser.error("--ray takes neither --csv, --jsonl, --watch, --files-from nor --heatmaps")
     if options.resume and not files:
         parser.error("--resume needs --csv or --jsonl")
     for name in ("files_from", "watch", "heatmaps", "model"):
