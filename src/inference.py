@@ -104,13 +104,19 @@ def judge_on_cluster(options: Namespace, stack: ExitStack) -> int:
         production = ask_registry(options)
         stack.callback(production.close)
         model, folder = NamedModel.in_production(production), production.current().folder
-    with cluster.connected(options.ray):
+    with cluster.connected(options.ray, keys_of_buckets(options)):
         from defect_detection.inference import on_ray
 
         counts = on_ray.judge_all(options.pictures, model, Path(folder), options.parquet)
     print(said(counts, "have a row"))
     broken = f"their rows in {options.parquet} say why" if counts["error"] else ""
     return conclude(options, counts, Counter(), broken)
+
+
+def keys_of_buckets(options: Namespace) -> dict[str, str]:
+    """Return the variables by which buckets are reached, which the workers need too."""
+    _, env = configuration(options.config)
+    return {name: value for name, value in env.items() if name.startswith("AWS_")}
 
 
 def arguments() -> ArgumentParser:

@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import mlflow
@@ -428,6 +429,26 @@ def tracking_server(tmp_path_factory):
     server = TrackingServer(tmp_path_factory.mktemp("server"))
     yield server.uri
     server.kill()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The variables of an S3 of this machine, with a bucket."""
+    moto = pytest.importorskip("moto.server", reason="needs requirements-tests.txt")
+    import boto3
+
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with mock.patch.dict(os.environ, keys):
+        s3 = boto3.client("s3", "us-east-1", endpoint_url=address)
+        s3.create_bucket(Bucket="castings")
+        yield (
+            keys | {"MLFLOW_S3_ENDPOINT_URL": address, "AWS_ENDPOINT_URL": address},
+            s3,
+        )
+    server.stop()
 
 
 SETS = [

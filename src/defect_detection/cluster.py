@@ -1,7 +1,7 @@
 """A Ray cluster, connected for a block; its errors come in one line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no inte
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, variables: Mapping[str, str] | None = None) -> Iterator[None]:
     """Connect to a cluster for the block.
 
     Args:
         address: "auto" for the one of this machine, "host:6379" on one of its machines,
             "ray://host:10001" from elsewhere, "local" for one that lasts as long as the block.
+        variables: of the environment of this process and of the workers.
 
     Raises:
         PipelineError: Ray is not installed, the cluster cannot be reached, or a task failed.
@@ -29,10 +30,12 @@ def connected(address: str) -> Iterator[None]:
         raise PipelineError(
             "Ray is not installed. Run 'pip install -r requirements-ray.txt'"
         ) from error
+    for name, value in (variables or {}).items():
+        os.environ.setdefault(name, value)
     try:
         ray.init(
             address=address,
-            runtime_env={"py_modules": [str(PACKAGE)]},
+            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": dict(variables or {})},
             log_to_driver=False,
             logging_level="ERROR",
         )

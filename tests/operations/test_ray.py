@@ -1,8 +1,13 @@
 """Training and judging on a Ray cluster of two machines: what one machine gives."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from pyarrow import parquet
 
 from conftest import SETS, Project, draw_folders
 
+KILLS = int(os.environ.get("FAULTS", "3"))  # of workers that judge
 ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
 
 # Of Ray's own processes and sockets.
@@ -79,3 +85,63 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
     assert after.pop(str(new))["verdict"] == here[str(some)]["verdict"]
     assert after == {path: row for path, row in here.items() if row["verdict"] != "error"}
     assert not torn.exists()
+
+
+def kill_workers(named: str, times: int, gap: float) -> int:
+    """Kill processes of the cluster that do something, one after another; return how many."""
+    killed = 0
+    deadline = time.monotonic() + 120
+    while killed < times and time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-f", f"ray::.*{named}"], capture_output=True, text=True)
+        for pid in map(int, found.stdout.split()[:1]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        time.sleep(gap)
+    return killed
+
+
+def test_workers_that_die_lose_no_verdict(
+    project: Project, address: str, model_folder: Path, tmp_path: Path
+):
+    images = draw_folders(tmp_path / "images", train=40, test=1)
+    for number in range(40):  # the same images again, so that there is time to kill
+        shutil.copytree(images / "train", images / "more" / str(number))
+    call = ["src/inference.py", images, "--model", model_folder]
+    project.succeed(*call, "--jsonl", tmp_path / "rows.jsonl")
+    here = {row["path"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").open())}
+    killer = ThreadPoolExecutor(1).submit(kill_workers, "Judging", KILLS, 1.5)
+    project.succeed(*call, "--ray", address, "--parquet", tmp_path / "rows")
+    assert killer.result() >= 1
+    assert rows_of(tmp_path / "rows") == here
+    print(f"\n{killer.result()} workers killed, {len(here)} verdicts, none lost")
+
+
+def test_worker_that_dies_in_a_fit_is_replaced(training: Project, address: str):
+    killer = ThreadPoolExecutor(1).submit(kill_workers, "_task", 1, 4)
+    said = training.succeed("src/train.py", "--ray", address, "--folds", "2")
+    assert killer.result() == 1
+    here = training.succeed("src/train.py", "--folds", "2")
+    assert table(said) == table(here)
+
+
+def table(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith(("  one", "  two", "  fold"))]
+
+
+def test_images_and_rows_in_a_bucket(
+    project: Project, address: str, model_folder: Path, tmp_path: Path, bucket
+):
+    keys, s3 = bucket
+    images = draw_folders(tmp_path / "images", train=4, test=1)
+    for file in images.rglob("*.jpeg"):
+        s3.upload_file(str(file), "castings", f"line 3/{file.relative_to(images)}")
+    call = ["src/inference.py", "--model", model_folder, "--ray", address]
+    where = ["s3://castings/line 3", "--parquet", "s3://castings/rows"]
+    said = project.succeed(*call, *where, **keys)
+    assert "10 images have a row" in said
+    assert "10 of 10 images have a row" in project.run(*call, *where, **keys).stderr
+    done = s3.list_objects(Bucket="castings", Prefix="rows/")["Contents"]
+    assert {one["Key"].rpartition(".")[2] for one in done} <= {"rows/", "parquet"}
+    refused = project.fail(*call, "s3://castings/nothing", *where[1:], **keys)
+    assert "s3://castings/nothing" in refused

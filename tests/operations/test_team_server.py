@@ -10,7 +10,6 @@ import subprocess
 import threading
 import urllib.error
 from pathlib import Path
-from unittest import mock
 
 import mlflow
 import pytest
@@ -264,23 +263,6 @@ def test_a_server_that_is_killed_starts_again(team: Team):
     assert team.server.stop() == 143
     assert not postgres_of(team.server.folder)
     team.server.start()
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """The variables of an S3 of this machine, with a bucket."""
-    moto = pytest.importorskip("moto.server", reason="needs requirements-tests.txt")
-    import boto3
-
-    server = moto.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    with mock.patch.dict(os.environ, keys):
-        s3 = boto3.client("s3", "us-east-1", endpoint_url=address)
-        s3.create_bucket(Bucket="castings")
-        yield keys | {"MLFLOW_S3_ENDPOINT_URL": address}, s3
-    server.stop()
 
 
 def test_a_given_database_and_artifacts_in_a_bucket(team: Team, bucket, tmp_path: Path):

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pyarrow
 import ray
@@ -82,10 +81,13 @@ class Place:
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).resolve())
-    if urlsplit(uri).scheme not in ("s3", "file"):
+    scheme, _, rest = uri.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if scheme != "s3" or not bucket:
         raise ValueError(uri)
-    system, path = fs.FileSystem.from_uri(uri)
-    return system, path.rstrip("/")
+    # Only the bucket is a URI to Arrow: a prefix may hold spaces and what is to be escaped.
+    system, path = fs.FileSystem.from_uri(f"s3://{bucket}")
+    return system, f"{path}/{prefix}".rstrip("/")
 
 
 class Judging:
