@@ -128,7 +128,8 @@ class Election:
             return present, present
         if present is not None:
             if self._score(present):
-                others += [one for one in self._tested() if one.number == kept]
+                scored = versions.numbered(self.name, present.number)
+                others += [scored] if scored.test_digest == self.digest else []
             else:
                 self._unusable.add(present.number)
         return present, max(others, key=lambda one: (one.acc, one.number == kept, one.number))

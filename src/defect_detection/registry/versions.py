@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from defect_detection import sketch
@@ -179,8 +180,11 @@ def with_accuracy(name: str) -> list[Version]:
 def half_registered(evaluation: str) -> list[Version]:
     """Return the versions that an evaluation registered and did not end, by the id of its run."""
     found = MlflowClient().search_model_versions(f"tags.`{EVALUATED_BY}` = '{evaluation}'")
-    every = [Version(v.name, int(v.version), math.nan, v.tags, v.source) for v in found]
-    return [one for one in every if not one.released and one.why_not_released in ("", UNFINISHED)]
+    return [
+        one
+        for one in map(_read, found)
+        if not one.released and one.why_not_released in ("", UNFINISHED)
+    ]
 
 
 def delete(version: Version) -> None:
@@ -263,10 +267,19 @@ def with_alias(name: str, alias: str) -> Version | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
+    return _read(found)
+
+
+def numbered(name: str, number: int) -> Version:
+    """Return a version by its number."""
+    return _read(MlflowClient().get_model_version(name, str(number)))
+
+
+def _read(found: ModelVersion) -> Version:
+    """Return a version as MLflow has it; its accuracy is NaN if nobody can read it."""
     acc = _accuracy(found.tags)
-    return Version(
-        name, int(found.version), math.nan if acc is None else acc, found.tags, found.source
-    )
+    known = math.nan if acc is None else acc
+    return Version(found.name, int(found.version), known, found.tags, found.source)
 
 
 def _accuracy(tags: Mapping[str, str]) -> float | None:
