@@ -421,7 +421,7 @@ def test_page_says_that_the_api_is_gone_and_goes_on_when_it_is_back(tmp_path, ch
     page = context.new_page()
     try:
         page.goto("/line")
-        page.get_by_text("Ready", exact=True).first.wait_for()
+        page.get_by_text("No model", exact=True).first.wait_for()
         gone.end()
         page.get_by_text("No connection to the API").first.wait_for()
         gone.server.start()

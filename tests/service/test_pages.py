@@ -81,7 +81,7 @@ def test_line_shows_the_newest_verdict_by_word_and_shape(made, verdict, word, ki
 
 def test_line_without_verdicts_says_what_to_do(made):
     page = shown(client(made), "/line")
-    assert "Ready No verdict yet. The model is being loaded" in page
+    assert "No model No verdict yet. The model is being loaded" in page
 
 
 def test_silence_is_as_loud_as_a_defect(made):
