@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from conftest import SETS, Project, draw_folders
+from conftest import SETS, Project, draw_folders, wait_for
 
 KILLS = int(os.environ.get("FAULTS", "3"))  # of workers that judge
 ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
@@ -145,3 +147,104 @@ def test_images_and_rows_in_a_bucket(
     assert {one["Key"].rpartition(".")[2] for one in done} <= {"rows/", "parquet"}
     refused = project.fail(*call, "s3://castings/nothing", *where[1:], **keys)
     assert "s3://castings/nothing" in refused
+
+
+class Hosts:
+    """Two hosts with a network between them, each with a /tmp of its own and nothing else to share.
+
+    Network namespaces of Linux, which only root can make.
+    """
+
+    NAMES, NETWORK = ("one", "two"), "10.77.0"
+
+    def __init__(self) -> None:
+        self.tag = f"dd{os.getpid() % 10000}"
+        if os.geteuid() != 0 or not shutil.which("ip"):
+            pytest.skip("only root can make network namespaces")
+        if self._ip("netns", "add", self._host(0)).returncode:
+            pytest.skip("there are no network namespaces here")
+        self._ip("netns", "add", self._host(1))
+        ends = [f"{self.tag}-{number}" for number in range(2)]
+        self._ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for number, end in enumerate(ends):
+            self._ip("link", "set", end, "netns", self._host(number))
+            inside = ["-n", self._host(number)]
+            self._ip(*inside, "addr", "add", f"{self.NETWORK}.{number + 1}/24", "dev", end)
+            self._ip(*inside, "link", "set", end, "up")
+            self._ip(*inside, "link", "set", "lo", "up")
+        self.address = f"{self.NETWORK}.1:6379"
+        self.nodes: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        self._start(0, "--head", "--port=6379", "--include-dashboard=false")
+        self._start(1)
+
+    def _start(self, number: int, *options: str) -> None:
+        """Start Ray on a host; the second one sees no file in /tmp that the first one has."""
+        where = () if options else (f"--address={self.address}",)
+        ray_start = [
+            *(os.path.join(sys.exec_prefix, "bin", "ray"), "start", "--block", "--num-cpus=1"),
+            *(f"--node-ip-address={self.NETWORK}.{number + 1}", "--disable-usage-stats"),
+            *options,
+            *where,
+        ]
+        alone = shlex.join(ray_start)
+        if number:
+            alone = f"mount -t tmpfs tmpfs /tmp && exec {alone}"
+        started = subprocess.Popen(
+            ["ip", "netns", "exec", self._host(number), "unshare", "-m", "sh", "-c", alone],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.nodes.append(started)
+        wait_for(lambda: self.cores() == number + 1, 90)
+
+    def cores(self) -> int:
+        """How many cores the cluster has."""
+        code = (
+            f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR');"
+            f"print(int(ray.cluster_resources().get('CPU', 0)))"
+        )
+        done = self.run([sys.executable, "-c", code], os.environ)
+        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+    def run(self, command: list[object], env: dict[str, str]) -> subprocess.CompletedProcess:
+        """Run something on the first host."""
+        inside = ["ip", "netns", "exec", self._host(0), *map(str, command)]
+        return subprocess.run(inside, capture_output=True, text=True, env=env, timeout=240)
+
+    def _host(self, number: int) -> str:
+        return f"{self.tag}-{self.NAMES[number]}"
+
+    @staticmethod
+    def _ip(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+    def end(self) -> None:
+        for node in self.nodes:
+            os.killpg(node.pid, signal.SIGTERM)
+            node.wait()
+        for number in range(2):
+            for pid in self._ip("netns", "pids", self._host(number)).stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            self._ip("netns", "delete", self._host(number))
+
+
+@pytest.fixture
+def hosts():
+    made = Hosts()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.end()
+
+
+def test_two_hosts_give_the_same_figures(training: Project, hosts: Hosts):
+    here = training.succeed("src/train.py", "--folds", "2")
+    script = training.root / "src" / "train.py"
+    command = [sys.executable, script, "--folds", "2", "--ray", hosts.address]
+    done = hosts.run(command, training.environment())
+    assert done.returncode == 0, done.stderr
+    assert table(done.stdout) == table(here)
