@@ -22,10 +22,8 @@ def main() -> None:
     """Read the options, then back up or restore."""
     parser = cli.parser(__doc__, "make backup TO=/mnt/backups", data=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", type=Path, metavar="DIR", help="make a backup in a new folder there")
-    what.add_argument(
-        "--restore", type=Path, metavar="DIR", help="restore the backup that lies there"
-    )
+    what.add_argument("--to", type=_folder, metavar="DIR", help="make a backup in a folder there")
+    what.add_argument("--restore", type=_folder, metavar="DIR", help="restore the backup there")
     options = parser.parse_args()
     if options.to:
         made = backup.make(locations(settings.environment()), options.to)

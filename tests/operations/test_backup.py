@@ -87,6 +87,12 @@ def test_a_restored_project_is_the_same(lived_in: Project, tmp_path: Path):
     new.succeed("src/evaluation.py")  # best_model.json, and the Keras model in the new place
 
 
+def test_a_backup_to_nowhere_is_refused(project: Project):
+    """As 'make backup' without TO asks for."""
+    done = project.run("src/backup.py", "--to", "")
+    assert done.returncode == 2 and "no folder is named" in done.stderr
+
+
 def test_nothing_is_restored_over_something_or_from_a_damaged_backup(
     trained: Project, tmp_path: Path
 ):
