@@ -1,6 +1,7 @@
 """Fits a model to the training images, and measures by cross-validation how well that works."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -263,10 +264,29 @@ def cross_validate(
     Raises:
         PipelineError: as `fit` raises it.
     """
+    with _prepared(plan, data, folds, on_device, progress) as score:
+        return collect(plan, folds, score, on_fold, progress)
+
+
+def collect(
+    plan: FitPlan,
+    folds: int,
+    score: Callable[[int], Fold],
+    on_fold: Callable[[Fold], None],
+    progress: Progress,
+) -> list[Fold]:
+    """Score all folds of a cross-validation, in order, and report each.
+
+    Args:
+        plan: how each model is made.
+        folds: how many.
+        score: returns a fold by its number, from 1.
+        on_fold: is called with each fold when it is scored.
+        progress: has the parts of `costs`.
+    """
     scored = []
     for number in range(1, folds + 1):
-        told = on_device if number == 1 else lambda device: None
-        scored.append(one_fold(plan, data, (number, folds), told, progress))
+        scored.append(score(number))
         on_fold(scored[-1])
         progress.reached(plan.name, number / folds)
     return scored
@@ -291,19 +311,37 @@ def one_fold(
     Raises:
         PipelineError: as `fit` raises it.
     """
+    number, folds = fold
+    with _prepared(plan, data, folds, on_device, progress) as score:
+        return score(number)
+
+
+@contextmanager
+def _prepared(
+    plan: FitPlan,
+    data: Dataset,
+    folds: int,
+    on_device: "Callable[[Device], None]",
+    progress: Progress,
+) -> Iterator[Callable[[int], Fold]]:
+    """Compute once what all folds need; yield what fits and scores one by its number."""
     from defect_detection.training import devices, fitting
 
     labels, photographs = data.labels, data.photographs
-    divided = holdout.folds(labels, photographs, fold[1], plan.parameters.seed)
+    divided = holdout.folds(labels, photographs, folds, plan.parameters.seed)
     for others, _ in divided:
         _require_photographs(plan, labels[others], photographs[others])
-    others, rows = divided[fold[0] - 1]
     with devices.chosen(plan.device, plan.make_model, data.images, labels) as device:
         on_device(device)
         computed = _features(plan, plan.make_model(), data, progress)
-        fitting.make_deterministic(plan.parameters.seed)
-        fitted = _fit(plan, plan.make_model(), computed.among(others))
-        return _score(fitted, data, rows, *fold)
+
+        def score(number: int) -> Fold:
+            others, rows = divided[number - 1]
+            fitting.make_deterministic(plan.parameters.seed)
+            fitted = _fit(plan, plan.make_model(), computed.among(others))
+            return _score(fitted, data, rows, number, folds)
+
+        yield score
 
 
 def _score(fitted: "TrainingResult", data: Dataset, rows: np.ndarray, number: int, of: int) -> Fold:

@@ -75,7 +75,8 @@ class OnRay:
         on_device(done.device)
         for number, values in done.epochs:
             on_epoch(number, values)
-        _finished(plan, progress)
+        for part in (plan.frozen, plan.name):
+            progress.reached(part, 1.0)
         assert done.point is not None
         return Fit(plan, replace(done.result, model=_model_of(done.model)), done.point)
 
@@ -89,21 +90,17 @@ class OnRay:
         progress: Progress,
     ) -> list[Fold]:
         """Wait for the folds; then do as `fit.cross_validate` does."""
-        scored = []
-        for number, task in enumerate(self._tasks[plan.name], start=1):
-            done: _Done = ray.get(task)
+
+        def score(number: int) -> Fold:
+            done: _Done = ray.get(self._tasks[plan.name][number - 1])
             if number == 1:
                 on_device(done.device)
-            scored.append(done.result)
-            on_fold(done.result)
-            progress.reached(plan.name, number / folds)
-        _finished(plan, progress)
+            fold: Fold = done.result
+            return fold
+
+        scored = fit.collect(plan, folds, score, on_fold, progress)
+        progress.reached(plan.frozen, 1.0)
         return scored
-
-
-def _finished(plan: FitPlan, progress: Progress) -> None:
-    for part in (plan.frozen, plan.name):
-        progress.reached(part, 1.0)
 
 
 def _task(plan: FitPlan, data: Dataset, fold: int | None, folds: int | None) -> _Done:
