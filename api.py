@@ -29,11 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from defect_detection import PipelineError, cli, settings  # noqa: E402
+from defect_detection import PipelineError, cli, locks, settings  # noqa: E402
 from defect_detection.dataset.inbox import Inbox  # noqa: E402
 from defect_detection.inference.production import Production  # noqa: E402
 from defect_detection.inference.verdict_log import Rules, VerdictLog  # noqa: E402
-from defect_detection.service import health, locks, logs, memory, server  # noqa: E402
+from defect_detection.service import health, logs, memory, server  # noqa: E402
 from defect_detection.service.access import Access, Role, secret_in  # noqa: E402
 from defect_detection.service.app import create_app  # noqa: E402
 from defect_detection.service.backend import Backend  # noqa: E402

@@ -29,7 +29,7 @@ def main() -> None:
 
     cache = settings.from_root(config.paths.cache)
     uri = settings.tracking_uri(env)
-    with store.patience(), store.connected(uri, store.LOCKED_SECONDS), runs.watched(cache):
+    with store.patience(), store.connected(uri), runs.watched(cache):
         promotion.check_record(config.names.production_model_name)
         best = BestModel.read(config.best_model, cli.command("src/train.py", options))
         classifier = saved_model.load_classifier(best.model_uri)

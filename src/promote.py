@@ -27,7 +27,7 @@ def main() -> None:
     name, cache = config.names.production_model_name, settings.from_root(config.paths.cache)
 
     uri = settings.tracking_uri(env)
-    with store.patience(), store.connected(uri, store.LOCKED_SECONDS), runs.watched(cache):
+    with store.patience(), store.connected(uri), runs.watched(cache):
         promotion.check_record(name)
         by = promotion.actor(env)
         if options.version is not None:

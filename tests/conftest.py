@@ -223,9 +223,10 @@ class Project:
         for name in ("data", "mlruns", "mlflow.db", "best_model.json"):
             source, target = other.root / name, self.root / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        places = [(other.root / "mlruns").as_uri(), (self.root / "mlruns").as_uri()]
         with stored.read(f"sqlite:///{self.root / 'mlflow.db'}") as engine:
-            places = [(other.root / "mlruns").as_uri(), (self.root / "mlruns").as_uri()]
-            stored.move(engine, [stored.Place(*places)])
+            with engine.begin() as connection:
+                stored.move(connection, [stored.Place(*places)])
 
     def make_store(self) -> None:
         """Give the project an empty store; MLflow takes seconds to make one, so one is copied."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from defect_detection import PipelineError
+from defect_detection.names import first_line
 
 PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packages are their own
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
@@ -40,19 +41,19 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
             logging_level="ERROR",
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PipelineError(
-            f"There is no Ray cluster at {address} ({why}). Start one with 'ray start --head'"
+            f"There is no Ray cluster at {address} ({first_line(error)}). Start one with 'ray "
+            f"start --head'"
         ) from error
     try:
         yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise PipelineError(str(error.cause)) from error
-        why = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
+        why = first_line(error.cause)
         raise PipelineError(f"A task on the cluster {address} failed: {why}") from error
     except ray.exceptions.RayError as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise PipelineError(f"The cluster {address} failed: {why}. Run this again") from error
     finally:
         ray.shutdown()

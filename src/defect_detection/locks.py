@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,6 +14,25 @@ def take(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def held(file: Path, make: bool = False) -> Iterator[bool]:
+    """Lock a file for the block; yield whether no other process has, and the file is there.
+
+    Args:
+        file: to lock.
+        make: whether it is made if only its folder is there.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield take(descriptor) and file.exists()
+    finally:
+        os.close(descriptor)
 
 
 def is_held(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""Names of files, which may hold any bytes, as they can be shown in a line."""
+"""Names of files, which may hold any bytes, and errors, as they can be shown in a line."""
 
 
 def printable(text: str, most: int | None = None) -> str:
@@ -13,6 +13,11 @@ def printable(text: str, most: int | None = None) -> str:
     some = text if most is None else text[: most + 1]
     shown = "".join(one if one.isprintable() else _escaped(one) for one in some)
     return shown if most is None or len(shown) <= most else shown[: most - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_utf8(text: str) -> bool:

@@ -18,7 +18,6 @@ import sqlalchemy
 import preloaded
 from conftest import Project, draw_folders, wait_for
 from defect_detection import StoreError
-from defect_detection.operations import tracking_server
 from defect_detection.operations.postgres import Cluster, with_driver
 from defect_detection.registry import store, versions
 from plant import FAULTS, SETS, Plant
@@ -115,7 +114,7 @@ def figures(run: mlflow.entities.Run) -> dict[str, float]:
 
 def test_nobody_comes_in_without_the_password(team: Team):
     path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-    refused = [("", ""), ("admin", "wrong"), ("admin", tracking_server.MLFLOWS_PASSWORD)]
+    refused = [("", ""), ("admin", "wrong"), ("admin", "password1234")]
     for user, password in refused:
         with pytest.raises(urllib.error.HTTPError, match="401"):
             team.server.call(path, user, password)

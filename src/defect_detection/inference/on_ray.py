@@ -20,6 +20,7 @@ from defect_detection import PipelineError, cluster
 from defect_detection.inference.judge import CHUNK, Item, NamedModel, judge
 from defect_detection.inference.rows import Row
 from defect_detection.inference.sources import names_image, reason, unreadable
+from defect_detection.names import first_line
 from defect_detection.runtime.preprocessing import MOST_BYTES, UnreadableImage
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Place:
         try:
             found = self.system.get_file_info(fs.FileSelector(self.path, recursive=True))
         except OSError as error:
-            raise PipelineError(f"{self.uri} cannot be listed ({_first_line(error)})") from error
+            raise PipelineError(f"{self.uri} cannot be listed ({first_line(error)})") from error
         for one in sorted(found, key=lambda info: info.path):
             below = posixpath.relpath(one.path, self.path)
             if one.is_file and not any(part.startswith(".") for part in below.split("/")):
@@ -223,7 +224,3 @@ def _forget_errors(target: Place) -> None:
             folder, name = posixpath.split(file)
             parquet.write_table(good, f"{folder}/.{name}", filesystem=target.system)
             target.system.move(f"{folder}/.{name}", file)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

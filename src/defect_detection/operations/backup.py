@@ -26,11 +26,11 @@ from defect_detection.operations import postgres, stores, tracking_server
 from defect_detection.operations.stores import Place
 from defect_detection.operations.tracking_server import SECRETS, ServerPlan
 from defect_detection.pipeline import delivery
+from defect_detection.registry import store
 
 log = logging.getLogger(__name__)
 
 MANIFEST, FORMAT = "manifest.json", 1
-SQLITE_HEAD = b"SQLite format 3\0"
 COMPANIONS = ("-wal", "-shm", "-journal")  # of a SQLite file; a copy needs none
 LOCAL = "sqlite:///"
 CHUNK = 1 << 20
@@ -305,8 +305,8 @@ def restore(folder: Path, known: dict[str, Any], here: Locations) -> None:
         _restore_server(folder / "server", here.server)
     if (folder / "store").is_dir():
         _restore_store(folder / "store", known["places"], here)
-    store = uris.without_password(here.store)
-    delivery.move(here.cache, (known["store"], store), str(here.best_model))
+    now = uris.without_password(here.store)
+    delivery.move(here.cache, (known["store"], now), str(here.best_model))
 
 
 def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) -> None:
@@ -323,8 +323,8 @@ def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) 
         moved.append(Place(place["uri"], target.as_uri()))
     with replace_atomically(database) as temporary:
         shutil.copyfile(source / "mlflow.db", temporary)
-        with stores.read(f"{LOCAL}{temporary}") as engine:
-            stores.move(engine, moved)
+        with stores.read(f"{LOCAL}{temporary}") as engine, engine.begin() as connection:
+            stores.move(connection, moved)
 
 
 def _restore_server(source: Path, server: ServerPlan) -> None:
@@ -367,7 +367,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 def _is_sqlite(file: Path) -> bool:
     with file.open("rb") as opened:
-        return opened.read(len(SQLITE_HEAD)) == SQLITE_HEAD
+        return opened.read(len(store.SQLITE_HEAD)) == store.SQLITE_HEAD
 
 
 def _sha256(file: Path) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import sqlalchemy
 
 from defect_detection import PipelineError, uris
+from defect_detection.names import first_line
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Cluster:
                 if connection.execute(known).first() is None:
                     connection.execute(sqlalchemy.text(f"CREATE DATABASE {NAME}"))
         except sqlalchemy.exc.SQLAlchemyError as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             raise PipelineError(f"The database in {self.folder} cannot be used ({why})") from error
         finally:
             engine.dispose()

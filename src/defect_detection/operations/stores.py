@@ -4,7 +4,7 @@ MLflow keeps URIs of artifacts in its tables; they are changed to the new place.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from sqlalchemy import Connection, Engine, MetaData, Table
 
 from defect_detection import PipelineError
 from defect_detection.operations.postgres import with_driver
+from defect_detection.registry import store
 
-LOCKED_SECONDS = 60  # how long a copy waits for a writer
 ROWS = 1000  # that are copied at a time
 # The columns in which MLflow keeps where artifacts are.
 LOCATIONS = (
@@ -42,7 +42,7 @@ def copy_sqlite(source: Path, target: Path) -> None:
     """
     try:
         uri = f"file:{quote(str(source))}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=LOCKED_SECONDS)) as read:
+        with closing(sqlite3.connect(uri, uri=True, timeout=store.LOCKED_SECONDS)) as read:
             with closing(sqlite3.connect(target)) as written:
                 # All pages at once: a writer between two steps would make it begin anew.
                 read.backup(written)
@@ -75,7 +75,7 @@ def read(uri: str) -> Iterator[Engine]:
 
 def is_filled(engine: Engine) -> bool:
     """Return whether somebody has logged something to a store."""
-    tables = _tables(engine)
+    tables = _schema(engine).tables
     with engine.connect() as connection:
         return any(
             connection.execute(sqlalchemy.select(tables[name]).limit(1)).first() for name in FILLED
@@ -104,7 +104,7 @@ class Place:
 
 def local_places(engine: Engine) -> list[str]:
     """Return the local folders in which a store's artifacts are, none of them within another."""
-    tables = _tables(engine)
+    tables = _schema(engine).tables
     found: set[str] = set()
     with engine.connect() as connection:
         for name, column in LOCATIONS[:3]:
@@ -132,17 +132,16 @@ def _as_path(uri: str) -> str:
     return local_file_uri_to_path(uri) if uri.startswith("file:") else uri
 
 
-def move(engine: Engine | Connection, places: Iterable[Place]) -> None:
+def move(connection: Connection, places: Sequence[Place]) -> None:
     """Change the URIs of artifacts in a store's tables."""
-    places = list(places)
-    tables = _tables(engine)
-    with _transaction(engine) as connection:
-        for name, column in LOCATIONS:
-            cell = tables[name].c[column]
-            for uri in _column(cell, connection):
-                if after := _moved(uri, places):
-                    change = tables[name].update().where(cell == uri).values({column: after})
-                    connection.execute(change)
+    tables = _schema(connection).tables
+    for name, column in LOCATIONS:
+        cell = tables[name].c[column]
+        for uri in _column(cell, connection):
+            after = next(filter(None, (place.moved(uri) for place in places)), None)
+            if after is not None:
+                change = tables[name].update().where(cell == uri).values({column: after})
+                connection.execute(change)
 
 
 def _column(cell: sqlalchemy.Column[str], connection: Connection) -> list[str]:
@@ -151,12 +150,7 @@ def _column(cell: sqlalchemy.Column[str], connection: Connection) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
-def _moved(uri: str, places: Iterable[Place]) -> str | None:
-    found = [after for place in places if (after := place.moved(uri))]
-    return found[0] if found else None
-
-
-def copy_tables(source: Engine, target: Engine, places: Iterable[Place]) -> dict[str, int]:
+def copy_tables(source: Engine, target: Engine, places: Sequence[Place]) -> dict[str, int]:
     """Copy all rows of a store into one that has none, in one transaction.
 
     Args:
@@ -170,11 +164,12 @@ def copy_tables(source: Engine, target: Engine, places: Iterable[Place]) -> dict
     Raises:
         PipelineError: the tables of the two are not the same.
     """
-    tables, known = _tables(target), _tables(source)
-    lacking = set(known) - set(tables) - set(KEPT)
+    schema, known = _schema(target), _schema(source).tables
+    lacking = set(known) - set(schema.tables) - set(KEPT)
     if lacking:
         raise PipelineError(f"The new store has no table {sorted(lacking)[0]}. Use one MLflow")
-    every = [one for one in _sorted(tables) if one.name in known and one.name not in KEPT]
+    # Those that are referred to come first.
+    every = [one for one in schema.sorted_tables if one.name in known and one.name not in KEPT]
     counts = {}
     with source.connect() as read, target.begin() as written:
         for table in reversed(every):
@@ -215,24 +210,10 @@ def _go_on_counting(table: Table, written: Connection) -> None:
             )
 
 
-def _sorted(tables: Mapping[str, Table]) -> list[Table]:
-    """Return tables so that those that are referred to come first."""
-    return next(iter(tables.values())).metadata.sorted_tables if tables else []
-
-
-def _tables(engine: Engine | Connection) -> dict[str, Table]:
+def _schema(bind: Engine | Connection) -> MetaData:
     metadata = MetaData()
-    metadata.reflect(engine)
-    return dict(metadata.tables)
-
-
-@contextmanager
-def _transaction(engine: Engine | Connection) -> Iterator[Connection]:
-    if isinstance(engine, Connection):
-        yield engine
-        return
-    with engine.begin() as connection:
-        yield connection
+    metadata.reflect(bind)
+    return metadata
 
 
 def upload(folder: Path, destination: str, below: str) -> tuple[int, int]:

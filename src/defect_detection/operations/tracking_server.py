@@ -1,6 +1,5 @@
 """A tracking server for a team: MLflow on PostgreSQL, which asks for a user and a password."""
 
-import fcntl
 import json
 import logging
 import os
@@ -10,24 +9,21 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from defect_detection import PipelineError, uris
+from defect_detection import PipelineError, StoreError, locks, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.operations import postgres
 from defect_detection.operations.postgres import Cluster
+from defect_detection.registry import store
 
 log = logging.getLogger(__name__)
 
 ADMIN = "admin"
-MLFLOWS_PASSWORD = "password1234"  # of the user admin, in MLflow before 3.15
 START_WITHIN = 180  # seconds, in which MLflow may have to migrate its tables
 STOP_WITHIN = 15
 LOOK_EVERY = 2  # seconds between two looks at MLflow and the database
@@ -114,11 +110,9 @@ def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     # PostgreSQL, which another user runs if this one is root, must come through.
     plan.folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
-    with (plan.folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PipelineError(f"A server runs in {plan.folder} already. Stop it first") from error
+    with locks.held(plan.folder / LOCK, make=True) as free:
+        if not free:
+            raise PipelineError(f"A server runs in {plan.folder} already. Stop it first")
         known = Secrets.kept(plan.folder)
         if plan.database:
             yield known, plan.database
@@ -154,7 +148,6 @@ def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], 
         held.flush()
         try:
             _wait(plan, child)
-            _require_own_password(plan)
             on_ready(known)
             while child.poll() is None:
                 time.sleep(LOOK_EVERY)
@@ -182,21 +175,17 @@ def _keep_running(plan: ServerPlan, known: Secrets) -> None:
 def _end_former(held: TextIO) -> None:
     """Lock the file that MLflow holds; end the MLflow of a server that was killed, which has it."""
     deadline = time.monotonic() + STOP_WITHIN
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            held.seek(0)
-            group = held.read().strip()
-            if not group.isdecimal() or time.monotonic() > deadline:
-                raise PipelineError(
-                    f"An MLflow of a former server still runs (process {group}). End it first"
-                ) from error
-            log.warning("The MLflow of a server that was killed still runs and is ended")
-            with suppress(ProcessLookupError):
-                os.killpg(int(group), signal.SIGKILL)
-            time.sleep(0.5)
+    while not locks.take(held.fileno()):
+        held.seek(0)
+        group = held.read().strip()
+        if not group.isdecimal() or time.monotonic() > deadline:
+            raise PipelineError(
+                f"An MLflow of a former server still runs (process {group}). End it first"
+            )
+        log.warning("The MLflow of a server that was killed still runs and is ended")
+        with suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGKILL)
+        time.sleep(0.5)
 
 
 def _require_port(plan: ServerPlan) -> None:
@@ -252,43 +241,15 @@ def _variables(plan: ServerPlan, known: Secrets, database: str) -> dict[str, str
 
 def _wait(plan: ServerPlan, child: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_WITHIN
-    while not _answers(plan):
+    while True:
+        with suppress(StoreError):
+            store.require_server(plan.address, 5)
+            return
         if child.poll() is not None:
             raise PipelineError(f"MLflow ended with exit code {child.returncode}; see above")
         if time.monotonic() > deadline:
             raise PipelineError(f"MLflow did not answer within {START_WITHIN} s; see above")
         time.sleep(0.2)
-
-
-def _answers(plan: ServerPlan) -> bool:
-    try:
-        urllib.request.urlopen(f"{plan.address}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def accepts(address: str, user: str, password: str) -> bool:
-    """Return whether a server takes a user with a password."""
-    said = b64encode(f"{user}:{password}".encode()).decode()
-    request = urllib.request.Request(
-        f"{address}/api/2.0/mlflow/experiments/get?experiment_id=0",
-        headers={"Authorization": f"Basic {said}"},
-    )
-    try:
-        urllib.request.urlopen(request, timeout=30).close()
-    except urllib.error.HTTPError as error:
-        return error.code not in (401, 403)
-    return True
-
-
-def _require_own_password(plan: ServerPlan) -> None:
-    """Raise PipelineError if the administrator of a database from before has MLflow's password."""
-    if accepts(plan.address, ADMIN, MLFLOWS_PASSWORD):
-        raise PipelineError(
-            f"The user {ADMIN} of this database has the password that MLflow came with, which "
-            f"everybody knows. Change it with MLflow, then start this again"
-        )
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

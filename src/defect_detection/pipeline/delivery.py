@@ -1,6 +1,5 @@
 """Trainings, each kept on disk until MLflow has all of it."""
 
-import fcntl
 import json
 import logging
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 
-from defect_detection import PipelineError, StoreError, uris
+from defect_detection import PipelineError, StoreError, locks, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.pipeline import journal, record, tell
 from defect_detection.pipeline.best_model import BestModel
@@ -120,7 +119,7 @@ def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
     name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     made = Training(cache / FOLDER / name, purpose, _connected_store(), {})
     made.folder.mkdir(parents=True)
-    with _locked(made.folder):
+    with locks.held(made.folder / LOCK, make=True):
         made._write()
         try:
             yield made
@@ -143,7 +142,8 @@ def deliver_all(cache: Path, strict: bool = False) -> None:
     """
     failed = None
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
-        with _locked(folder) as free:
+        # Another process may have just delivered and deleted the folder.
+        with locks.held(folder / LOCK, make=True) as free:
             former = _read(folder) if free else None
             if former is None or former.store != _connected_store():
                 continue
@@ -194,20 +194,3 @@ def _read(folder: Path) -> Training | None:
 def _delete_if_delivered(folder: Path) -> None:
     if not any(folder.glob(f"*/{journal.RUN}")):
         shutil.rmtree(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder for the block; yield whether no other process has."""
-    try:
-        file = (folder / LOCK).open("w")
-    except FileNotFoundError:  # another process has just delivered and deleted it
-        yield False
-        return
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

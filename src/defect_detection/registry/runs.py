@@ -4,10 +4,8 @@ A process that opens a run holds a lock on a file that names it. The lock ends w
 the next one on this machine finds what those that were killed, or failed, have left half done.
 """
 
-import fcntl
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from defect_detection import StoreError, uris
+from defect_detection import StoreError, locks, uris
 from defect_detection.registry import store, versions
 from defect_detection.registry.store import first_line
 
@@ -113,7 +111,7 @@ def _claimed(token: str, claim: _Claim) -> Iterator[None]:
     _folder.mkdir(parents=True, exist_ok=True)
     file, hidden = _folder / f"{token}.json", _folder / f".{token}"
     with hidden.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        locks.take(held.fileno())  # nobody else knows the file yet
         json.dump(asdict(claim), held)
         held.flush()
         hidden.rename(file)  # it is locked when others see it
@@ -136,7 +134,7 @@ def _find(token: str, claim: _Claim) -> Run | None:
 def _heal(folder: Path) -> None:
     """End what processes left in the connected store that were killed, and say so."""
     for file in sorted(folder.glob("*.json")):
-        with _locked(file) as free:
+        with locks.held(file) as free:
             claim = _read(file) if free else None
             if claim is None or claim.store != _store():
                 continue
@@ -166,23 +164,6 @@ def _read(file: Path) -> _Claim | None:
     except (OSError, ValueError, TypeError) as error:
         log.warning("%s cannot be read (%s). Delete it", file, error)
         return None
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Lock a file for the block; yield whether no other process has, and it is still there."""
-    try:
-        held = os.open(file, os.O_RDWR)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield file.exists()
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(held)
 
 
 def _store() -> str:

@@ -21,7 +21,7 @@ import sqlalchemy
 from mlflow.environment_variables import MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_USERNAME
 from mlflow.exceptions import MlflowException
 
-from defect_detection import PipelineError, StoreError, uris
+from defect_detection import PipelineError, StoreError, names, uris
 from defect_detection.atomic import require_writable
 from defect_detection.uris import without_password
 
@@ -37,13 +37,14 @@ ANOTHER = "or set MLFLOW_TRACKING_URI in .env"
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
-_patience: float = USUAL_PATIENCE  # seconds that a call waits while a sqlite store is locked
+# Seconds that a call waits while a sqlite store is locked, None as long as nobody asked for more.
+_patience: float | None = None
 
 
 @sqlalchemy.event.listens_for(sqlalchemy.Pool, "checkout")
 def _wait_for_writers(connection: object, *_: object) -> None:
     if isinstance(connection, sqlite3.Connection):
-        connection.execute(f"PRAGMA busy_timeout = {int(1000 * _patience)}")
+        connection.execute(f"PRAGMA busy_timeout = {int(1000 * (_patience or USUAL_PATIENCE))}")
 
 
 @contextmanager
@@ -166,7 +167,8 @@ def _has_tables(uri: str, seconds: float, create: bool) -> bool:
         connect = partial(sqlite3.connect, f"file:{quote(str(path))}?mode=rw", uri=True)
         options["creator"] = connect
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
-    with patience(LOCKED_SECONDS if create else seconds), engine.connect() as connection:
+    waits = LOCKED_SECONDS if create else _patience or seconds
+    with patience(waits), engine.connect() as connection:
         return sqlalchemy.inspect(connection).has_table("alembic_version")
 
 
@@ -216,8 +218,8 @@ def first_line(error: Exception, uri: str | None = None) -> str:
         error: its message may be empty; then its kind is returned.
         uri: of the store that it is about; None is the connected one.
     """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return uris.scrubbed(lines[0], mlflow.get_tracking_uri() if uri is None else uri)
+    said = names.first_line(error)
+    return uris.scrubbed(said, mlflow.get_tracking_uri() if uri is None else uri)
 
 
 # MLflow's page of an experiment then begins with its runs.

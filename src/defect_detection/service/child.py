@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, locks
 from defect_detection.registry.promotion import STARTED_BY
-from defect_detection.service import job_files, locks
+from defect_detection.service import job_files
 from defect_detection.service.job_files import Created, Process
 from defect_detection.service.reporter import FOLDER_VARIABLE
 

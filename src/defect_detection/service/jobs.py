@@ -20,8 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from defect_detection import PipelineError
-from defect_detection.service import job_files, locks
+from defect_detection import PipelineError, locks
+from defect_detection.service import job_files
 from defect_detection.service.access import TOKENS
 from defect_detection.service.child import Child, Command
 from defect_detection.service.job_files import Created, Ended, Job, Process
