@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from conftest import SETS, Project, TrackingServer, draw_folders
-from defect_detection import StoreError
+from defect_detection import StoreError, locks
 from defect_detection.pipeline import delivery, journal, record
 from defect_detection.pipeline.delivery import Purpose
 from defect_detection.pipeline.journal import RunInfo
@@ -241,13 +241,13 @@ def test_folder_that_another_process_has_just_delivered_is_left_alone(
     kept, store, tmp_path, monkeypatch, capsys
 ):
     folder = kept("another").parent
-    locked = delivery._locked
+    held = locks.held
 
-    def too_late(path: Path):
-        shutil.rmtree(path)
-        return locked(path)
+    def too_late(file: Path, make: bool):
+        shutil.rmtree(file.parent)
+        return held(file, make)
 
-    monkeypatch.setattr(delivery, "_locked", too_late)
+    monkeypatch.setattr(locks, "held", too_late)
     delivery.deliver_all(tmp_path, strict=True)
     assert capsys.readouterr().out == "" and not folder.exists()
 
