@@ -1,6 +1,7 @@
 """A Ray cluster, connected for a block; its errors come in one line."""
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from defect_detection import PipelineError
 from defect_detection.names import first_line
 
 PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packages are their own
+ANSWER_WITHIN = 10  # seconds
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
 
 
@@ -34,13 +36,14 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
     for name, value in (variables or {}).items():
         os.environ.setdefault(name, value)
     try:
+        _require_answer(address)
         ray.init(
             address=address,
             runtime_env={"py_modules": [str(PACKAGE)], "env_vars": dict(variables or {})},
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise PipelineError(
             f"There is no Ray cluster at {address} ({first_line(error)}). Start one with 'ray "
             f"start --head'"
@@ -57,6 +60,13 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
         raise PipelineError(f"The cluster {address} failed: {why}. Run this again") from error
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError if nobody listens at an address with a port; Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN).close()
 
 
 def cores() -> list[int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from conftest import SETS, Project, draw_folders, wait_for
+from conftest import SETS, Project, draw_folders, wait_for, within
+from defect_detection import PipelineError, cluster
 
 KILLS = int(os.environ.get("FAULTS", "3"))  # of workers that judge
 ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
@@ -147,6 +148,14 @@ def test_images_and_rows_in_a_bucket(
     assert {one["Key"].rpartition(".")[2] for one in done} <= {"rows/", "parquet"}
     refused = project.fail(*call, "s3://castings/nothing", *where[1:], **keys)
     assert "s3://castings/nothing" in refused
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_cluster_that_is_not_there_is_told_at_once(address: str):
+    with within(20), pytest.raises(PipelineError, match=f"no Ray cluster at {address}") as raised:
+        with cluster.connected(address):
+            pass
+    assert "\n" not in str(raised.value)
 
 
 class Hosts:
