@@ -128,6 +128,11 @@ class Plant:
             assert found.released
 
 
+def figures(run: Run) -> dict[str, float]:
+    """Return the metrics of a run, without how long it took."""
+    return {name: value for name, value in run.data.metrics.items() if name != "fit_seconds"}
+
+
 def seconds_of(work: Callable[[], None]) -> float:
     started = time.monotonic()
     assert in_a_process(work).exitcode == 0

@@ -12,6 +12,7 @@ from defect_detection.names import first_line
 
 PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packages are their own
 ANSWER_WITHIN = 10  # seconds
+TRIES = 3  # since Ray and gRPC fork badly now and then
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
 
 
@@ -37,12 +38,7 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
         os.environ.setdefault(name, value)
     try:
         _require_answer(address)
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": dict(variables or {})},
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        _begin(address, dict(variables or {}))
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise PipelineError(
             f"There is no Ray cluster at {address} ({first_line(error)}). Start one with 'ray "
@@ -60,6 +56,24 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
         raise PipelineError(f"The cluster {address} failed: {why}. Run this again") from error
     finally:
         ray.shutdown()
+
+
+def _begin(address: str, variables: dict[str, str]) -> None:
+    import ray
+
+    for again in reversed(range(TRIES)):
+        try:
+            ray.init(
+                address=address,
+                runtime_env={"py_modules": [str(PACKAGE)], "env_vars": variables},
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except ConnectionAbortedError:  # the process that a ray:// address starts died at once
+            if not again:
+                raise
+        else:
+            return
 
 
 def _require_answer(address: str) -> None:

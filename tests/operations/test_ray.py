@@ -8,17 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from pyarrow import parquet
 
-from conftest import SETS, Project, draw_folders, wait_for, within
+from conftest import SETS, Project, draw_folders, free_port, wait_for, within
 from defect_detection import PipelineError, cluster
+from defect_detection.registry import store
+from plant import FAULTS, figures
 
-KILLS = int(os.environ.get("FAULTS", "3"))  # of workers that judge
+KILLS = max(3, FAULTS)  # of workers that judge
 ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
 
 # Of Ray's own processes and sockets.
@@ -30,15 +33,22 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address():
-    """The address of a cluster of two nodes, of one core each."""
+def addresses():
+    """The addresses of a cluster of two nodes, of one core each, for them and for others."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    port = free_port()
+    head = {"num_cpus": 1, "ray_client_server_port": port}
+    made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1)
-    yield made.address
+    yield made.address, f"ray://127.0.0.1:{port}"
     made.shutdown()
+
+
+@pytest.fixture
+def address(addresses: tuple[str, str]) -> str:
+    return addresses[0]
 
 
 @pytest.fixture
@@ -49,10 +59,18 @@ def training(project: Project) -> Project:
     return project
 
 
-def test_sets_give_the_same_figures_on_a_cluster(training: Project, address: str):
-    here = training.succeed("src/train.py")
-    there = training.succeed("src/train.py", "--ray", address)
-    print(here, there)
+def test_sets_give_the_same_figures_on_a_cluster(training: Project, addresses: tuple[str, str]):
+    training.succeed("src/train.py")
+    for address in addresses:
+        training.succeed("src/train.py", "--ray", address)
+    with store.connected(f"sqlite:///{training.root}/mlflow.db"):
+        found = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
+    runs = sorted(found, key=lambda run: run.info.run_name)
+    assert [run.info.run_name for run in runs] == ["one"] * 3 + ["two"] * 3
+    for first, *others in (runs[:3], runs[3:]):
+        assert len(figures(first)) > 10
+        for other in others:  # the last digit depends on how many threads add numbers up
+            assert figures(other) == pytest.approx(figures(first), rel=1e-9)
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -62,8 +80,9 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
-    project: Project, address: str, model_folder: Path, tmp_path: Path
+    project: Project, addresses: tuple[str, str], model_folder: Path, tmp_path: Path
 ):
+    address, from_elsewhere = addresses
     images = draw_folders(tmp_path / "images", train=30, test=3)
     (images / "broken.jpeg").write_bytes(b"no image")
     (images / "notes.txt").write_text("no image either")
@@ -80,7 +99,7 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
     torn.write_bytes(next(out.glob("*.parquet")).read_bytes()[:-9])
     some = next(images.rglob("part_000.jpeg"))
     new = Path(shutil.copy(some, images / "new.jpeg"))
-    done = project.run(*call, "--ray", address, "--parquet", out)
+    done = project.run(*call, "--ray", from_elsewhere, "--parquet", out)
     assert done.returncode == 0, done.stderr
     assert "torn.parquet was not written completely" in done.stderr
     assert "66 of 67 images have a row" in done.stderr
@@ -90,18 +109,27 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
     assert not torn.exists()
 
 
-def kill_workers(named: str, times: int, gap: float) -> int:
-    """Kill processes of the cluster that do something, one after another; return how many."""
-    killed = 0
-    deadline = time.monotonic() + 120
-    while killed < times and time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-f", f"ray::.*{named}"], capture_output=True, text=True)
-        for pid in map(int, found.stdout.split()[:1]):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        time.sleep(gap)
-    return killed
+@contextlib.contextmanager
+def workers_killed(named: str, times: int, gap: float) -> Iterator[list[int]]:
+    """Kill processes of the cluster that do something, one after another; yield those killed."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while len(killed) < times and not over.wait(gap):
+            found = subprocess.run(["pgrep", "-f", f"ray::.*{named}"], capture_output=True)
+            for pid in map(int, found.stdout.split()[:1]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        killer.join()
 
 
 def test_workers_that_die_lose_no_verdict(
@@ -113,17 +141,22 @@ def test_workers_that_die_lose_no_verdict(
     call = ["src/inference.py", images, "--model", model_folder]
     project.succeed(*call, "--jsonl", tmp_path / "rows.jsonl")
     here = {row["path"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").open())}
-    killer = ThreadPoolExecutor(1).submit(kill_workers, "Judging", KILLS, 1.5)
-    project.succeed(*call, "--ray", address, "--parquet", tmp_path / "rows")
-    assert killer.result() >= 1
-    assert rows_of(tmp_path / "rows") == here
-    print(f"\n{killer.result()} workers killed, {len(here)} verdicts, none lost")
+    times, calls = 0, 0
+    while times < KILLS:
+        calls += 1
+        out = tmp_path / f"rows {calls}"
+        with workers_killed("Judging", KILLS - times, 1.5) as killed:
+            project.succeed(*call, "--ray", address, "--parquet", out)
+        assert rows_of(out) == here
+        assert killed
+        times += len(killed)
+    print(f"\n{times} workers killed in {calls} calls of {len(here)} images, no verdict lost")
 
 
 def test_worker_that_dies_in_a_fit_is_replaced(training: Project, address: str):
-    killer = ThreadPoolExecutor(1).submit(kill_workers, "_task", 1, 4)
-    said = training.succeed("src/train.py", "--ray", address, "--folds", "2")
-    assert killer.result() == 1
+    with workers_killed("_task", 1, 4) as killed:
+        said = training.succeed("src/train.py", "--ray", address, "--folds", "2")
+    assert len(killed) == 1
     here = training.succeed("src/train.py", "--folds", "2")
     assert table(said) == table(here)
 

@@ -20,7 +20,7 @@ from conftest import Project, draw_folders, wait_for
 from defect_detection import StoreError
 from defect_detection.operations.postgres import Cluster, with_driver
 from defect_detection.registry import store, versions
-from plant import FAULTS, SETS, Plant
+from plant import FAULTS, SETS, Plant, figures
 from team import TeamServer, postgres_of, require_postgres
 
 
@@ -105,11 +105,6 @@ def test_the_same_seed_gives_the_same_figures(team: Team):
             assert len(newest) > 10
             # The first evaluation had no version in production to compare with.
             assert newest.items() >= oldest.items()
-
-
-def figures(run: mlflow.entities.Run) -> dict[str, float]:
-    """Return the metrics of a run, without how long it took."""
-    return {name: value for name, value in run.data.metrics.items() if name != "fit_seconds"}
 
 
 def test_nobody_comes_in_without_the_password(team: Team):

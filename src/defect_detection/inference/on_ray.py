@@ -160,7 +160,16 @@ def judge_all(named: Sequence[str], model: NamedModel, folder: Path, out: str) -
     if len(wanted) < len(images):
         log.info("%d of %d images have a row", len(images) - len(wanted), len(images))
     if wanted:
-        _run(wanted, model, folder, target)
+        contents = {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+        if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
+            within = ray.remote(_run).options(num_cpus=0, max_retries=0)
+            ray.get(within.remote(wanted, model.name, contents, target))
+        else:
+            _run(wanted, model.name, contents, target)
     verdicts = _kept(target)
     lacking = [one["path"] for one in images if one["path"] not in verdicts]
     if lacking:
@@ -175,17 +184,14 @@ def _images(place: Place) -> list[str]:
     return found
 
 
-def _run(images: list[dict[str, str]], model: NamedModel, folder: Path, target: Place) -> None:
-    files = {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
+def _run(
+    images: list[dict[str, str]], name: str, contents: dict[str, bytes], target: Place
+) -> None:
     parts = math.ceil(len(images) / FILE_OF)
     ray.data.DataContext.get_current().enable_progress_bars = False
     judged = ray.data.from_items(images, override_num_blocks=parts).map_batches(
         Judging,
-        fn_constructor_args=(model.name, files),
+        fn_constructor_args=(name, contents),
         batch_size=FILE_OF,
         batch_format="pyarrow",
         num_cpus=1,
