@@ -255,21 +255,30 @@ class Project:
         file.write_text(yaml.safe_dump(config))
 
     def run(
-        self, script: str, *arguments: object, cwd: Path | None = None, **env: str
+        self,
+        script: str,
+        *arguments: object,
+        cwd: Path | None = None,
+        within: float = 240,
+        **env: str,
     ) -> subprocess.CompletedProcess:
-        """Run a script as a user would; from another folder if `cwd` says so."""
+        """Run a script as a user would; from another folder if `cwd` says so.
+
+        Raises:
+            subprocess.TimeoutExpired: it was not done within some seconds, and was killed.
+        """
         command, folder = [str(self.root / script), *map(str, arguments)], cwd or self.root
         env = self.environment() | env
         # What judges does without the large libraries, and must be seen to.
         if sys.platform == "linux" and script != "src/inference.py":
-            return preloaded.run(preloaded.Call(command, folder, env), 240)
+            return preloaded.run(preloaded.Call(command, folder, env), within)
         return subprocess.run(
             [sys.executable, *command],
             cwd=folder,
             env=env,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=within,
         )
 
     @staticmethod

@@ -93,8 +93,7 @@ class Plant:
 
     def require_whole(self) -> None:
         """Nothing is left running or half, and all that was said to be fitted is there."""
-        assert not list((self.cache / "undelivered").glob("*/*/run.json"))
-        assert not list((self.cache / runs.FOLDER).glob("*.json"))
+        require_no_remains(self.cache)
         with store.connected(self.uri):
             every = self._runs("train") + self._runs("eval") + self._runs("promotion")
             assert {run.info.status for run in every} <= {"FINISHED", "FAILED", "KILLED"}
@@ -105,7 +104,7 @@ class Plant:
             assert set(told) <= {run.info.run_name for run in finished}
             if self.best.exists():
                 BestModel.read(self.best, "train.py")
-            self._require_registered()
+            require_registered(self.name)
 
     def _runs(self, kind: str) -> list[Run]:
         found = mlflow.get_experiment_by_name(f"{kind}/{self.name}")
@@ -119,13 +118,21 @@ class Plant:
         saved_model.load_classifier(model.model_uri)
         assert "label_errors.csv" in {one.path for one in client.list_artifacts(run.info.run_id)}
 
-    def _require_registered(self) -> None:
-        for version in versions.with_accuracy(self.name):
-            assert version.released or version.why_not_released not in ("", versions.UNFINISHED)
-            assert mlflow.get_run(version.tags["evaluation_run"]).info.status != "RUNNING"
-        assert not promotion.moved_outside(self.name)
-        if (found := versions.in_production(self.name)) is not None:
-            assert found.released
+
+def require_no_remains(cache: Path) -> None:
+    """Nothing waits to be delivered or to be ended."""
+    assert not list((cache / "undelivered").glob("*/*/run.json"))
+    assert not list((cache / runs.FOLDER).glob("*.json"))
+
+
+def require_registered(name: str) -> None:
+    """No version is half registered, and the record of the alias is whole."""
+    for version in versions.with_accuracy(name):
+        assert version.released or version.why_not_released not in ("", versions.UNFINISHED)
+        assert mlflow.get_run(version.tags["evaluation_run"]).info.status != "RUNNING"
+    assert not promotion.moved_outside(name)
+    if (found := versions.in_production(name)) is not None:
+        assert found.released
 
 
 def figures(run: Run) -> dict[str, float]:

@@ -52,6 +52,7 @@ def run(call: Call, seconds: float) -> subprocess.CompletedProcess:
         process.join(seconds)
         if process.exitcode is None:
             process.kill()
+            process.join()
             raise subprocess.TimeoutExpired(call.arguments, seconds)
         wrote = [Path(output).read_text() for output in outputs]
     return subprocess.CompletedProcess(call.arguments, process.exitcode, *wrote)
