@@ -25,7 +25,7 @@ from defect_detection.pipeline.evaluate import (  # noqa: E402
     EvaluationPlan,
     evaluate_and_register,
 )
-from defect_detection.pipeline.fit import FitPlan  # noqa: E402
+from defect_detection.pipeline.fit import FitPlan, Observer  # noqa: E402
 from defect_detection.pipeline.journal import RunInfo  # noqa: E402
 from defect_detection.pipeline.record import Trained  # noqa: E402
 from defect_detection.pipeline.register import Rules  # noqa: E402
@@ -119,7 +119,7 @@ def fit_and_record(start: Start, split: Split, planned: FitPlan, reporter: Repor
     report_epoch(planned, reporter, 0, {})
     on_epoch = partial(report_epoch, planned, reporter)
     with progress.shown("Training", fit.costs([planned])) as shown:
-        fitted = fit.fit(planned, training, record.device, on_epoch, shown)
+        fitted = fit.fit(planned, training, Observer(shown, record.device, on_epoch))
     record.fit(fitted)
     return record.model(fitted, fit.to_served(fitted, training), training.content(0))
 

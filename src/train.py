@@ -27,7 +27,7 @@ from defect_detection.evaluation import release
 from defect_detection.evaluation.labels import LabelError
 from defect_detection.pipeline import delivery, fit, record, tell
 from defect_detection.pipeline.delivery import Purpose, Training
-from defect_detection.pipeline.fit import Engine, FitPlan, Fold
+from defect_detection.pipeline.fit import Engine, FitPlan, Fold, Observer
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import TRAINING_TAG
 from defect_detection.registry import runs, store
@@ -157,8 +157,8 @@ def fit_sets(
                 record.dataset(data, "training")
                 record.leakage(split)
                 record.plan(planned, data, set=planned.name)
-                on_epoch = partial(report_epoch, planned)
-                fitted = fits.fit(planned, data, record.device, on_epoch, shown)
+                observer = Observer(shown, record.device, partial(report_epoch, planned))
+                fitted = fits.fit(planned, data, observer)
                 record.fit(fitted)
                 report_label_errors(fit.label_errors(fitted, data))
                 trained.append(record.model(fitted, fit.to_served(fitted, data), example))
@@ -188,9 +188,8 @@ def cross_validate_sets(
             with record.run(experiment, f"{planned.name} {folds} folds", said):
                 record.dataset(data, "training")
                 record.plan(planned, data, set=planned.name, folds=folds)
-                scored = fits.cross_validate(
-                    planned, data, folds, record.device, report_fold, shown
-                )
+                observer = Observer(shown, record.device, on_fold=report_fold)
+                scored = fits.cross_validate(planned, data, folds, observer)
                 record.folds(scored)
             validated[planned.name] = scored
     return validated

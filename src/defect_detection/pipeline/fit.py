@@ -81,27 +81,31 @@ def costs(plans: list[FitPlan], fits: int = 1) -> dict[str, float]:
     return features | epochs
 
 
+@dataclass(frozen=True)
+class Observer:
+    """What is told about a fit while it runs.
+
+    Attributes:
+        progress: has the parts of `costs`.
+        on_device: is called with the device before the fit.
+        on_epoch: is called after each epoch with its number, from 1, and its metrics.
+        on_fold: is called with each fold of a cross-validation when it is scored.
+    """
+
+    progress: Progress
+    on_device: "Callable[[Device], None]"
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None
+    on_fold: "Callable[[Fold], None]" = lambda fold: None
+
+
 class Engine(Protocol):
     """What fits: this module, or a cluster."""
 
-    def fit(
-        self,
-        plan: "FitPlan",
-        data: Dataset,
-        on_device: "Callable[[Device], None]",
-        on_epoch: Callable[[int, dict[str, float]], None],
-        progress: Progress,
-    ) -> "Fit":
+    def fit(self, plan: FitPlan, data: Dataset, observer: Observer) -> "Fit":
         """Do as the function `fit` does."""
 
     def cross_validate(
-        self,
-        plan: "FitPlan",
-        data: Dataset,
-        folds: int,
-        on_device: "Callable[[Device], None]",
-        on_fold: "Callable[[Fold], None]",
-        progress: Progress,
+        self, plan: FitPlan, data: Dataset, folds: int, observer: Observer
     ) -> "list[Fold]":
         """Do as the function `cross_validate` does."""
 
@@ -121,21 +125,13 @@ class Fit:
     point: OperatingPoint
 
 
-def fit(
-    plan: FitPlan,
-    data: Dataset,
-    on_device: "Callable[[Device], None]",
-    on_epoch: Callable[[int, dict[str, float]], None],
-    progress: Progress,
-) -> Fit:
+def fit(plan: FitPlan, data: Dataset, observer: Observer) -> Fit:
     """Fit a model to images and choose its operating point.
 
     Args:
         plan: how.
         data: the images.
-        on_device: is called with the device before the fit.
-        on_epoch: is called after each epoch with its number, from 1, and its metrics.
-        progress: has the parts of `costs`.
+        observer: is told of the device and of each epoch.
 
     Raises:
         PipelineError: the fit diverged, there are too few photographs or variants, there is no GPU
@@ -149,16 +145,16 @@ def fit(
     )
 
     def each(epoch: int, values: dict[str, float]) -> None:
-        on_epoch(epoch, values)
-        progress.reached(plan.name, epoch / plan.parameters.epochs)
+        observer.on_epoch(epoch, values)
+        observer.progress.reached(plan.name, epoch / plan.parameters.epochs)
 
     _require_photographs(plan, data.labels, data.photographs)
     with devices.chosen(plan.device, plan.make_model, data.images, data.labels) as device:
-        on_device(device)
+        observer.on_device(device)
         fitting.make_deterministic(plan.parameters.seed)
         model = plan.make_model()
         network.require_contract(model)
-        computed = _features(plan, model, data, progress)
+        computed = _features(plan, model, data, observer.progress)
         result = _fit(plan, model, computed, each)
     found, share = result.held_out.probabilities, plan.decisions.review_share
     if result.good_only:
@@ -240,14 +236,7 @@ class Fold:
     photographs: Scores
 
 
-def cross_validate(
-    plan: FitPlan,
-    data: Dataset,
-    folds: int,
-    on_device: "Callable[[Device], None]",
-    on_fold: Callable[[Fold], None],
-    progress: Progress,
-) -> list[Fold]:
+def cross_validate(plan: FitPlan, data: Dataset, folds: int, observer: Observer) -> list[Fold]:
     """Fit a model for each fold of the images and score it on the fold.
 
     No photograph is divided, neither by the folds nor by the inner folds of the others that are
@@ -257,23 +246,17 @@ def cross_validate(
         plan: how each model is made.
         data: the images.
         folds: how many.
-        on_device: is called with the device before the fits.
-        on_fold: is called with each fold when it is scored.
-        progress: has the parts of `costs`.
+        observer: is told of the device and of each fold.
 
     Raises:
         PipelineError: as `fit` raises it.
     """
-    with _prepared(plan, data, folds, on_device, progress) as score:
-        return collect(plan, folds, score, on_fold, progress)
+    with _prepared(plan, data, folds, observer) as score:
+        return collect(plan, folds, score, observer)
 
 
 def collect(
-    plan: FitPlan,
-    folds: int,
-    score: Callable[[int], Fold],
-    on_fold: Callable[[Fold], None],
-    progress: Progress,
+    plan: FitPlan, folds: int, score: Callable[[int], Fold], observer: Observer
 ) -> list[Fold]:
     """Score all folds of a cross-validation, in order, and report each.
 
@@ -281,48 +264,36 @@ def collect(
         plan: how each model is made.
         folds: how many.
         score: returns a fold by its number, from 1.
-        on_fold: is called with each fold when it is scored.
-        progress: has the parts of `costs`.
+        observer: is told of each fold.
     """
     scored = []
     for number in range(1, folds + 1):
         scored.append(score(number))
-        on_fold(scored[-1])
-        progress.reached(plan.name, number / folds)
+        observer.on_fold(scored[-1])
+        observer.progress.reached(plan.name, number / folds)
     return scored
 
 
-def one_fold(
-    plan: FitPlan,
-    data: Dataset,
-    fold: tuple[int, int],
-    on_device: "Callable[[Device], None]",
-    progress: Progress,
-) -> Fold:
+def one_fold(plan: FitPlan, data: Dataset, fold: tuple[int, int], observer: Observer) -> Fold:
     """Fit a model without one fold of the images and score it on the fold.
 
     Args:
         plan: how the model is made.
         data: the images.
         fold: its number, from 1, and how many there are.
-        on_device: is called with the device before the fit.
-        progress: has the parts of `costs`.
+        observer: is told of the device.
 
     Raises:
         PipelineError: as `fit` raises it.
     """
     number, folds = fold
-    with _prepared(plan, data, folds, on_device, progress) as score:
+    with _prepared(plan, data, folds, observer) as score:
         return score(number)
 
 
 @contextmanager
 def _prepared(
-    plan: FitPlan,
-    data: Dataset,
-    folds: int,
-    on_device: "Callable[[Device], None]",
-    progress: Progress,
+    plan: FitPlan, data: Dataset, folds: int, observer: Observer
 ) -> Iterator[Callable[[int], Fold]]:
     """Compute once what all folds need; yield what fits and scores one by its number."""
     from defect_detection.training import devices, fitting
@@ -332,8 +303,8 @@ def _prepared(
     for others, _ in divided:
         _require_photographs(plan, labels[others], photographs[others])
     with devices.chosen(plan.device, plan.make_model, data.images, labels) as device:
-        on_device(device)
-        computed = _features(plan, plan.make_model(), data, progress)
+        observer.on_device(device)
+        computed = _features(plan, plan.make_model(), data, observer.progress)
 
         def score(number: int) -> Fold:
             others, rows = divided[number - 1]

@@ -6,7 +6,7 @@ machine dies is begun again on another.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import ray
 from defect_detection import cluster
 from defect_detection.dataset.split import Dataset
 from defect_detection.pipeline import fit
-from defect_detection.pipeline.fit import Fit, FitPlan, Fold
+from defect_detection.pipeline.fit import Fit, FitPlan, Fold, Observer
 from defect_detection.progress import Progress
 from defect_detection.runtime.decision import OperatingPoint
 
@@ -62,44 +62,31 @@ class OnRay:
             one.name: [begin(one, shared, number, folds) for number in numbers] for one in plans
         }
 
-    def fit(
-        self,
-        plan: FitPlan,
-        data: Dataset,
-        on_device: "Callable[[Device], None]",
-        on_epoch: Callable[[int, dict[str, float]], None],
-        progress: Progress,
-    ) -> Fit:
+    def fit(self, plan: FitPlan, data: Dataset, observer: Observer) -> Fit:
         """Wait for a fit; then do as `fit.fit` does."""
         done: _Done = ray.get(self._tasks[plan.name][0])
-        on_device(done.device)
+        observer.on_device(done.device)
         for number, values in done.epochs:
-            on_epoch(number, values)
+            observer.on_epoch(number, values)
         for part in (plan.frozen, plan.name):
-            progress.reached(part, 1.0)
+            observer.progress.reached(part, 1.0)
         assert done.point is not None
         return Fit(plan, replace(done.result, model=_model_of(done.model)), done.point)
 
     def cross_validate(
-        self,
-        plan: FitPlan,
-        data: Dataset,
-        folds: int,
-        on_device: "Callable[[Device], None]",
-        on_fold: Callable[[Fold], None],
-        progress: Progress,
+        self, plan: FitPlan, data: Dataset, folds: int, observer: Observer
     ) -> list[Fold]:
         """Wait for the folds; then do as `fit.cross_validate` does."""
 
         def score(number: int) -> Fold:
             done: _Done = ray.get(self._tasks[plan.name][number - 1])
             if number == 1:
-                on_device(done.device)
+                observer.on_device(done.device)
             fold: Fold = done.result
             return fold
 
-        scored = fit.collect(plan, folds, score, on_fold, progress)
-        progress.reached(plan.frozen, 1.0)
+        scored = fit.collect(plan, folds, score, observer)
+        observer.progress.reached(plan.frozen, 1.0)
         return scored
 
 
@@ -109,14 +96,11 @@ def _task(plan: FitPlan, data: Dataset, fold: int | None, folds: int | None) -> 
     epochs: list[tuple[int, dict[str, float]]] = []
     plan = replace(plan, sampling=replace(plan.sampling, cache=_cache(plan.sampling.cache)))
     silent = Progress(plan.name, fit.costs([plan]))
+    observer = Observer(silent, devices.append, lambda *epoch: epochs.append(epoch))
     if fold is not None and folds is not None:
-        scored = fit.one_fold(plan, data, (fold, folds), devices.append, silent)
+        scored = fit.one_fold(plan, data, (fold, folds), observer)
         return _Done(devices[0], [], scored)
-
-    def on_epoch(number: int, values: dict[str, float]) -> None:
-        epochs.append((number, values))
-
-    fitted = fit.fit(plan, data, devices.append, on_epoch, silent)
+    fitted = fit.fit(plan, data, observer)
     # The plan's functions are those of the script; they stay there.
     content, result = _content_of(fitted.result.model), replace(fitted.result, model=None)
     return _Done(devices[0], epochs, result, fitted.point, content)
