@@ -110,7 +110,11 @@ def test_nothing_is_restored_over_something_or_from_a_damaged_backup(
     new = Project(tmp_path / "new")
     said = new.fail("src/backup.py", "--restore", damaged)
     assert "holds no backup" in said
-    assert not (new.root / "mlflow.db").exists() and not (new.root / "mlruns").exists()
+    elsewhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    said = new.fail("src/backup.py", "--restore", made, **elsewhere)
+    assert "Set it as in the backup" in said
+    for name in ("mlflow.db", "mlruns", "best_model.json"):
+        assert not (new.root / name).exists()
 
 
 def flip_a_bit(made: Path) -> None:

@@ -292,9 +292,14 @@ def restore(folder: Path, known: dict[str, Any], here: Locations) -> None:
     The sqlite store comes last, as it names all else.
 
     Raises:
-        PipelineError: something is there already, or cannot be written.
+        PipelineError: something is there already, cannot be written, or the store is another one.
     """
     require_empty(here)
+    if (folder / "store").is_dir() and not here.store.startswith(LOCAL):
+        raise PipelineError(
+            f"The backup has a sqlite store, and MLFLOW_TRACKING_URI is "
+            f"{uris.without_password(here.store)}. Set it as in the backup"
+        )
     for name, target in here.parts().items():
         if not name.startswith("configuration"):
             _put(folder / name, target)
@@ -310,11 +315,6 @@ def restore(folder: Path, known: dict[str, Any], here: Locations) -> None:
 
 
 def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) -> None:
-    if not here.store.startswith(LOCAL):
-        raise PipelineError(
-            f"The backup has a sqlite store, and MLFLOW_TRACKING_URI is "
-            f"{uris.without_password(here.store)}. Set it as in the backup"
-        )
     database = Path(here.store.removeprefix(LOCAL))
     moved = []
     for number, place in enumerate(places):
