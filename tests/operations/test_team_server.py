@@ -254,8 +254,11 @@ def test_a_server_that_is_killed_starts_again(team: Team):
     team.server.process.wait()
     team.server.start()
     assert team.run("src/inference.py", team.image, **team.server.credentials) == team.verdict
+    socket = Cluster(team.server.folder / "server" / "postgres", "").socket
+    assert socket.is_dir()
     assert team.server.stop() == 143
     assert not postgres_of(team.server.folder)
+    assert not socket.exists()
     team.server.start()
 
 

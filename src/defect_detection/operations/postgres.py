@@ -110,11 +110,13 @@ class Cluster:
             socket = Path(tempfile.mkdtemp(prefix="defect-detection-"))
             _give_away(socket)
             self.start(socket)
-        self._create_database()
         try:
+            self._create_database()
             yield self.uri
         finally:
+            socket = self.socket
             self._run("pg_ctl", "stop", "-D", str(self.folder), "-m", "fast", "-t", str(WAIT))
+            shutil.rmtree(socket, ignore_errors=True)
 
     def start(self, socket: Path) -> None:
         """Start it; it listens on no address, but in a folder.
