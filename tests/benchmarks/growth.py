@@ -95,7 +95,14 @@ def _draw(out: Path, number: int) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: seconds, CPU seconds, MB of its own and with the files it has mapped."""
+    """What a run took.
+
+    Attributes:
+        seconds: until it ended.
+        cpu: seconds of all its processes.
+        own: most MB of all its processes together, without files, which the system can take back.
+        all: most MB of the largest one, with the files it has mapped.
+    """
 
     seconds: float
     cpu: float
@@ -131,12 +138,26 @@ def measure(folder: Path, call: list[str]) -> Cost:
 
 
 def _watch(process: int, peak: list[float]) -> None:
-    """Note the most memory, without that of files, which the system can take back."""
-    status = Path(f"/proc/{process}/status")
-    while status.exists():
-        lines = [line.split() for line in status.read_text().splitlines()]
-        peak[0] = max(peak[0], *(int(line[1]) / 1024 for line in lines if line[0] == "RssAnon:"), 0)
+    """Note the most memory of a process and its children."""
+    while Path(f"/proc/{process}").exists():
+        peak[0] = max(peak[0], sum(map(_own, [process, *_children(process)])))
         time.sleep(0.2)
+
+
+def _children(process: int) -> list[int]:
+    try:
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
+    return [one for child in map(int, found) for one in (child, *_children(child))]
+
+
+def _own(process: int) -> float:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def scored(folder: Path) -> tuple[float, float]:

@@ -7,23 +7,19 @@ begins with the images that it is about.
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from defect_detection import PipelineError
 from defect_detection.dataset.alignment import SIDE, Keypoints, compare, describe
 from defect_detection.dataset.candidates import HASHES, hash_descriptors
 from defect_detection.dataset.decoded import read_unchanged
+from defect_detection.dataset.workers import Map
 from defect_detection.runtime import preprocessing
-
-T = TypeVar("T")
 
 METHOD = "photographs-3"  # names the file: change it whenever another answer is possible
 TABLES = (
@@ -38,23 +34,17 @@ class Damaged(PipelineError):
     """The file held something else than was written; it was deleted."""
 
 
-def describe_files(
-    digests: Iterable[str], files: Iterable[Path], most_pixels: int
-) -> list[Keypoints]:
-    """Find the keypoints of readable image files, several at a time.
+def describe_file(most_pixels: int, digest: str, path: Path) -> Keypoints:
+    """Find the keypoints of a readable image file.
 
     Args:
-        digests: SHA-256 of each.
-        files: the files.
-        most_pixels: that they may have.
+        most_pixels: that it may have.
+        digest: its SHA-256.
+        path: of it.
 
     Raises:
-        PipelineError: a file was changed, so that it has another digest.
+        PipelineError: it was changed, so that it has another digest.
     """
-    return _parallel(partial(_describe, most_pixels), digests, files)
-
-
-def _describe(most_pixels: int, digest: str, path: Path) -> Keypoints:
     content = read_unchanged(path, digest)
     pixels = preprocessing.decode_within(content, SIDE, most_pixels=most_pixels)
     return describe(pixels[..., 0])
@@ -209,10 +199,10 @@ class PhotographCache:
         if count < at_least:
             raise _OtherValue("rows are missing")
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    def compare(self, pairs: Sequence[tuple[str, str]], mapped: Map) -> list[bool]:
         """Compare pairs of images and store whether each comes from one photograph."""
         a, b = ([self._features(pair[side]) for pair in pairs] for side in (0, 1))
-        same = [likeness.same_photograph for likeness in _parallel(compare, a, b)]
+        same = [likeness.same_photograph for likeness in mapped(compare, a, b)]
         rows = [(*pair, int(one)) for pair, one in zip(pairs, same, strict=True)]
         with self._db:
             self._db.executemany(
@@ -243,9 +233,3 @@ def _unsealed(sealed: object, kind: type, *about: object) -> np.ndarray:
         if zlib.crc32(content, _checksum(*about)).to_bytes(4, "big") == checksum:
             return np.frombuffer(content, kind)
     raise _OtherValue("a value is not what was written")
-
-
-def _parallel(function: Callable[..., T], *arguments: Iterable) -> list[T]:
-    # One BLAS thread in each of several threads.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, *arguments))

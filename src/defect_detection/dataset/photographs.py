@@ -14,9 +14,10 @@ import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 
 from defect_detection import progress
-from defect_detection.dataset import photograph_cache
+from defect_detection.dataset import photograph_cache, workers
 from defect_detection.dataset.candidates import Pair, PairSearch
 from defect_detection.dataset.photograph_cache import Damaged, PhotographCache
+from defect_detection.dataset.workers import Map
 from defect_detection.runtime.opening import MOST_PIXELS
 
 log = logging.getLogger(__name__)
@@ -60,14 +61,18 @@ def _find(contents: Mapping[str, Path], cache: Path, most_pixels: int) -> dict[s
             log.info("Comparing %d new images with %d", len(new), len(digests))
         started = time.perf_counter()
         costs = {"describe": DESCRIPTION * len(new), "compare": float(len(new))}
-        with progress.shown("Comparing images", costs) as shown:
+        with (
+            progress.shown("Comparing images", costs) as shown,
+            workers.started(len(new)) as mapped,
+        ):
             for start in range(0, len(new), BLOCK):
                 block = new[start : start + BLOCK]
                 files = [contents[one] for one in block]
-                found = photograph_cache.describe_files(block, files, most_pixels)
+                describe = partial(photograph_cache.describe_file, most_pixels)
+                found = list(mapped(describe, block, files))
                 known.keep_features(block, found)
                 shown.reached("describe", min(1, (start + BLOCK) / len(new)))
-            numbers = _group(digests, known, partial(shown.counted, "compare"))
+            numbers = _group(digests, known, mapped, partial(shown.counted, "compare"))
         if new:
             seconds = time.perf_counter() - started
             log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
@@ -75,7 +80,10 @@ def _find(contents: Mapping[str, Path], cache: Path, most_pixels: int) -> dict[s
 
 
 def _group(
-    digests: Sequence[str], known: PhotographCache, on_compared: Callable[[int, int], None]
+    digests: Sequence[str],
+    known: PhotographCache,
+    mapped: Map,
+    on_compared: Callable[[int, int], None],
 ) -> list[int]:
     """Compare likely pairs in rounds until no groups join any more; return numbers of groups.
 
@@ -113,7 +121,7 @@ def _group(
                 tested.update((place[a], place[b]) for a, b in block)
                 compared += len(block)
                 on_compared(compared, max(expected, compared))
-                for pair, same in zip(block, known.compare(block), strict=True):
+                for pair, same in zip(block, known.compare(block, mapped), strict=True):
                     joins += int(same and joined.merge(*pair))
             fruitless = 0 if joins else fruitless + 1
         known.keep_searched(digests)
