@@ -534,6 +534,7 @@ SLOW_MODULES = {
     "test_setup",
     "test_start_api",
     "test_team_server",
+    "test_workers",
     "test_workflow",
 }
 

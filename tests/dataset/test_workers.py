@@ -1,0 +1,63 @@
+"""What computes for many images at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, wait_for
+from defect_detection import PipelineError
+from defect_detection.dataset import workers
+
+PARENT = """
+import os, signal, sys, time
+from defect_detection.dataset import workers
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with workers.started(workers.MANY) as mapped:
+        while True:
+            print(*set(mapped(os.getpgid, [os.getpid()] * 100)), flush=True)
+"""
+
+
+def own_pid(number: int) -> tuple[int, int]:
+    return number, os.getpid()
+
+
+def killed(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("images", [1, workers.MANY])
+def test_many_images_are_computed_in_processes_and_few_here(images):
+    with workers.started(images) as mapped:
+        numbers, pids = zip(*mapped(own_pid, range(40)), strict=True)
+    assert numbers == tuple(range(40))
+    assert (os.getpid() in pids) == (images == 1)
+
+
+def test_process_that_is_killed_is_one_line():
+    with pytest.raises(PipelineError, match="was killed, perhaps since memory is short"):
+        with workers.started(workers.MANY) as mapped:
+            list(mapped(killed, range(8)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    parent = subprocess.Popen(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline()
+    with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as file:
+        children = file.read().split()
+    assert len(children) >= 2
+    parent.send_signal(number)
+    parent.stdout.close()
+    assert parent.wait(20) == status
+    wait_for(lambda: not any(os.path.exists(f"/proc/{child}") for child in children), 20)
