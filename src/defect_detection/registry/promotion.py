@@ -350,9 +350,7 @@ def _finish(name: str, change: Change, run: Run) -> None:
     said = {"from": str(change.before), "why": change.why, "by": change.by, "at": change.at}
     said |= {"commit": _commit(run), "run": run.info.run_id}
     tags = {f"promotion.{key}": value for key, value in said.items()}
-    for version in versions.with_accuracy(name):
-        if version.number == change.after:
-            versions.set_tags(version, tags)
+    versions.set_tags(versions.numbered(name, change.after), tags)
     versions.retry(MlflowClient().set_tag, run.info.run_id, DONE, "true")
 
 

@@ -5,7 +5,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -168,7 +168,7 @@ def register(
 def with_accuracy(name: str) -> list[Version]:
     """Return the versions of a registered model that have the tag `acc`, oldest first."""
     found = []
-    for version in MlflowClient().search_model_versions(f"name = '{name}'"):
+    for version in _search(f"name = '{name}'"):
         acc = _accuracy(version.tags)
         if acc is None:
             _warn_of(name, version.version)
@@ -177,14 +177,20 @@ def with_accuracy(name: str) -> list[Version]:
     return sorted(found, key=lambda version: version.number)
 
 
+def _search(wanted: str) -> Iterator[ModelVersion]:
+    token = None
+    while True:  # a page has 10,000
+        page = MlflowClient().search_model_versions(wanted, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def half_registered(evaluation: str) -> list[Version]:
     """Return the versions that an evaluation registered and did not end, by the id of its run."""
-    found = MlflowClient().search_model_versions(f"tags.`{EVALUATED_BY}` = '{evaluation}'")
-    return [
-        one
-        for one in map(_read, found)
-        if not one.released and one.why_not_released in ("", UNFINISHED)
-    ]
+    found = map(_read, _search(f"tags.`{EVALUATED_BY}` = '{evaluation}'"))
+    return [one for one in found if not one.released and one.why_not_released in ("", UNFINISHED)]
 
 
 def delete(version: Version) -> None:
