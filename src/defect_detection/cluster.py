@@ -14,6 +14,9 @@ PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packa
 ANSWER_WITHIN = 10  # seconds
 TRIES = 3  # since Ray and gRPC fork badly now and then
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
+# What matters comes as an exception.
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 @contextmanager

@@ -188,6 +188,7 @@ def _run(
     images: list[dict[str, str]], name: str, contents: dict[str, bytes], target: Place
 ) -> None:
     parts = math.ceil(len(images) / FILE_OF)
+    workers = max(1, min(sum(cluster.cores()), parts))
     ray.data.DataContext.get_current().enable_progress_bars = False
     judged = ray.data.from_items(images, override_num_blocks=parts).map_batches(
         Judging,
@@ -195,9 +196,7 @@ def _run(
         batch_size=FILE_OF,
         batch_format="pyarrow",
         num_cpus=1,
-        concurrency=(1, max(1, min(sum(cluster.cores()), parts))),
-        max_restarts=-1,
-        max_task_retries=-1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
     # Writing takes no core of its own: all have a model.
     judged.write_parquet(
