@@ -135,7 +135,7 @@ class Election:
         return present, max(others, key=lambda one: (one.acc, one.number == kept, one.number))
 
     def _tested(self, coming: Version | None = None) -> list[Version]:
-        known = {one.number: one for one in versions.with_accuracy(self.name)}
+        known = {one.number: one for one in versions.with_accuracy(self.name, self.digest)}
         if coming is not None:
             known[coming.number] = coming
         return [one for one in known.values() if one.test_digest == self.digest]

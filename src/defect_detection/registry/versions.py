@@ -165,10 +165,16 @@ def register(
     return Version(name, int(made.version), acc, made.tags, model_uri)
 
 
-def with_accuracy(name: str) -> list[Version]:
-    """Return the versions of a registered model that have the tag `acc`, oldest first."""
+def with_accuracy(name: str, digest: str = "") -> list[Version]:
+    """Return the versions of a registered model that have the tag `acc`, oldest first.
+
+    Args:
+        name: of the registered model.
+        digest: of test images, if only versions that were tested on these are wanted.
+    """
     found = []
-    for version in _search(f"name = '{name}'"):
+    tested_on = f" and tags.{TEST_DIGEST} = '{digest}'" if digest else ""
+    for version in _search(f"name = '{name}'{tested_on}"):
         acc = _accuracy(version.tags)
         if acc is None:
             _warn_of(name, version.version)
