@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / part) for part in ("src", "tests", "data")]
 
 import truth  # noqa: E402
 from defect_detection.dataset import audit  # noqa: E402
