@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -116,7 +116,8 @@ class Cluster:
         finally:
             socket = self.socket
             self._run("pg_ctl", "stop", "-D", str(self.folder), "-m", "fast", "-t", str(WAIT))
-            shutil.rmtree(socket, ignore_errors=True)
+            with suppress(OSError):  # who started it by hand may have chosen a folder with more
+                socket.rmdir()
 
     def start(self, socket: Path) -> None:
         """Start it; it listens on no address, but in a folder.
