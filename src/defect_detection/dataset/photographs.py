@@ -55,24 +55,27 @@ def find(
 
 def _find(contents: Mapping[str, Path], cache: Path, most_pixels: int) -> dict[str, int]:
     digests = sorted(contents)
+    describe = partial(photograph_cache.describe_file, most_pixels)
     with photograph_cache.opened(cache) as known:
         new = known.lacking(digests)
+        searched, at_least = known.searched(digests)
+        unsearched = [digest for digest in digests if digest not in searched]
         if new:
             log.info("Comparing %d new images with %d", len(new), len(digests))
         started = time.perf_counter()
         costs = {"describe": DESCRIPTION * len(new), "compare": float(len(new))}
         with (
             progress.shown("Comparing images", costs) as shown,
-            workers.started(len(new)) as mapped,
+            workers.started(len(unsearched)) as mapped,
         ):
             for start in range(0, len(new), BLOCK):
                 block = new[start : start + BLOCK]
                 files = [contents[one] for one in block]
-                describe = partial(photograph_cache.describe_file, most_pixels)
                 found = list(mapped(describe, block, files))
                 known.keep_features(block, found)
                 shown.reached("describe", min(1, (start + BLOCK) / len(new)))
-            numbers = _group(digests, known, mapped, partial(shown.counted, "compare"))
+            on_compared = partial(shown.counted, "compare")
+            numbers = _group(digests, unsearched, at_least, known, mapped, on_compared)
         if new:
             seconds = time.perf_counter() - started
             log.info("%d photographs found in %.0f s", len(set(numbers)), seconds)
@@ -81,32 +84,31 @@ def _find(contents: Mapping[str, Path], cache: Path, most_pixels: int) -> dict[s
 
 def _group(
     digests: Sequence[str],
+    new: Sequence[str],
+    at_least: int,
     known: PhotographCache,
     mapped: Map,
     on_compared: Callable[[int, int], None],
 ) -> list[int]:
     """Compare likely pairs in rounds until no groups join any more; return numbers of groups.
 
-    `on_compared` is called with the number of comparisons, and how many there will be if no more
-    groups join.
+    Args:
+        digests: all images.
+        new: those that are to be compared with all others.
+        at_least: how many pairs are stored at least.
+        known: stores keypoints and pairs.
+        mapped: compares several pairs at once.
+        on_compared: is called with the number of comparisons, and how many there will be if no
+            more groups join.
     """
-    joined, place = DisjointSet(digests), {digest: i for i, digest in enumerate(digests)}
-    tested: set[Pair] = set()
-    searched, at_least = known.searched(digests)
-    for a, b, same in known.pairs(at_least):  # also through images that were deleted
-        if same:
-            joined.add(a)
-            joined.add(b)
-            joined.merge(a, b)
-        if a in place and b in place:
-            tested.add((place[a], place[b]))
+    place = {digest: i for i, digest in enumerate(digests)}
+    joined, tested = _compared(place, known, at_least)
 
     def numbers() -> np.ndarray:
         # By the first image of each group, since its root depends on the order of the merges.
         first: dict[str, int] = {}
         return np.array([first.setdefault(joined[one], len(first)) for one in digests], int)
 
-    new = [digest for digest in digests if digest not in searched]
     if new and len(digests) > 1:
         search = PairSearch(known, digests, new)
         compared, most, fruitless = 0, COMPARISONS * len(new), 0
@@ -126,3 +128,18 @@ def _group(
             fruitless = 0 if joins else fruitless + 1
         known.keep_searched(digests)
     return numbers().tolist()
+
+
+def _compared(
+    place: Mapping[str, int], known: PhotographCache, at_least: int
+) -> tuple[DisjointSet, set[Pair]]:
+    """Return the groups of images, by their digests, and the pairs that were compared before."""
+    joined, tested = DisjointSet(place), set()
+    for a, b, same in known.pairs(at_least):  # also through images that were deleted
+        if same:
+            joined.add(a)
+            joined.add(b)
+            joined.merge(a, b)
+        if a in place and b in place:
+            tested.add((place[a], place[b]))
+    return joined, tested

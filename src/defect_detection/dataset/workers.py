@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from defect_detection import PipelineError
 
@@ -37,8 +37,9 @@ def started(images: int) -> Iterator[Map]:
     cores = os.cpu_count() or 1
     spawned = multiprocessing.get_context("spawn")
     try:
-        # Threads of BLAS would take the cores, even when they wait for work.
-        with threadpool_limits(1), ExitStack() as stack:
+        with ExitStack() as stack:
+            # Threads of BLAS would take the cores, even when they wait for work.
+            stack.enter_context(_libraries().limit(limits=1))
             if images < MANY or cores == 1:
                 yield stack.enter_context(ThreadPoolExecutor(cores)).map
             else:
@@ -49,6 +50,12 @@ def started(images: int) -> Iterator[Map]:
             "A process that compares images was killed, perhaps since memory is short. Run this "
             "again: what was found is kept"
         ) from error
+
+
+def _libraries() -> ThreadpoolController:
+    # In another thread: it calls Python from C, where an exception of a signal would be lost.
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(ThreadpoolController).result()
 
 
 def _begin() -> None:
