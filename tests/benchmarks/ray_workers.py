@@ -61,17 +61,14 @@ def measure(nodes: int, images: Path, model: Path, out: Path) -> tuple[float, fl
         seconds = time.perf_counter() - started
     finally:
         made.shutdown()
-    written = sorted((file.stat().st_mtime, len(parquet.read_table(file))) for file in files(out))
+    written = sorted(
+        (file.stat().st_mtime, len(parquet.read_table(file))) for file in out.rglob("*.parquet")
+    )
     every = sum(rows for _, rows in written)
     # The first files, one of each worker, begin before what is measured.
     first = nodes - 1
     judged = sum(rows for _, rows in written[first + 1 :])
     return every / seconds, judged / (written[-1][0] - written[first][0])
-
-
-def files(out: Path) -> list[Path]:
-    """Return the files of rows."""
-    return sorted(out.rglob("*.parquet"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from defect_detection import PipelineError
 from defect_detection.dataset import workers
 
 PARENT = """
-import os, signal, sys, time
+import os, signal, sys
 from defect_detection.dataset import workers
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
