@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,28 @@ def test_several_processes_lose_no_label_of_each_other(inbox):
     assert {(one.by, one.part) for one in labels} == {
         (name, str(number)) for name in ("Ada", "Bob", "Cyd") for number in range(20)
     }
+
+
+def test_who_holds_the_lock_sees_no_image_of_a_rejected_label(inbox):
+    """A backup does."""
+    over, left, looked = threading.Event(), list[Label](), 0
+
+    def look() -> None:
+        nonlocal looked
+        beside = Inbox(inbox.data)
+        while not over.is_set():
+            with beside.at_rest():
+                left.extend(one for one in beside.labels() if beside.file(one) is not None)
+                looked += 1
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    for number in range(100):
+        label = replace(SEEN, verdict_id=number)
+        inbox.reject(inbox.add("ok_front", "Ada", label, other(number), blind=False).id, "Eve")
+    over.set()
+    looks.join()
+    assert looked > 10 and not [one for one in left if one.state == "rejected"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -200,7 +200,6 @@ class Inbox:
             if label.state != "waiting":
                 raise Refused(f"This label was {label.state} by {label.decided_by} meanwhile")
             labels.remove(label)
-        self._forget_image(label)
         return label
 
     def approve(self, label_id: str, by: str, answer: str = "") -> Label:
@@ -233,7 +232,6 @@ class Inbox:
                 with replace_atomically(target) as temporary:
                     temporary.write_bytes(content)
             decided = self._decide(labels, label, "approved", by, label_as)
-        self._forget_image(decided)
         return decided
 
     def reject(self, label_id: str, by: str) -> Label:
@@ -245,7 +243,6 @@ class Inbox:
         with self._changing() as labels:
             decided = self._decide(labels, self._undecided(labels, label_id), "rejected", by)
             self._take_out(decided, labels)
-        self._forget_image(decided)
         return decided
 
     def sample(self, model: str | None = None) -> Sample:
@@ -300,17 +297,12 @@ class Inbox:
                 with suppress(OSError):
                     (self.data / FIELD / name / label.image).unlink(missing_ok=True)
 
-    def _forget_image(self, label: Label) -> None:
-        """Delete an image from the inbox if no label of it waits, as the table on the disk says."""
-        with self._locked():
-            labels = _read(self.folder / TABLE)
-            if not any(one.image == label.image and one.state == "waiting" for one in labels):
-                with suppress(OSError):
-                    (self.folder / label.image).unlink(missing_ok=True)
-
     @contextmanager
     def _changing(self) -> Iterator[list[Label]]:
-        """Lock the table and yield its labels; write them if the block succeeds."""
+        """Lock the table and yield its labels; write them if the block succeeds.
+
+        Images of which no label waits any more are then deleted from the inbox.
+        """
         with self._locked():
             table = self.folder / TABLE
             labels = _read(table) if table.exists() else []
@@ -321,6 +313,9 @@ class Inbox:
             elif labels != before:
                 with replace_atomically(table) as temporary:
                     temporary.write_text(csv_text([COLUMNS, *map(_row, labels)]), encoding="utf-8")
+                for image in _waiting(before) - _waiting(labels):
+                    with suppress(OSError):
+                        (self.folder / image).unlink(missing_ok=True)
 
     def _append(self, label: Label, new: bool) -> None:
         """Add a row in one write, at the end of a table that ends with a whole row."""
@@ -395,6 +390,10 @@ def same_image(one: Label, other: Label) -> bool:
     The log may have been deleted, and have begun to count anew.
     """
     return (one.verdict_id, one.content) == (other.verdict_id, other.content)
+
+
+def _waiting(labels: list[Label]) -> set[str]:
+    return {one.image for one in labels if one.state == "waiting"}
 
 
 def _row(label: Label) -> list[str]:
