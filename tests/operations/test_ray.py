@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.entities import Run
 from pyarrow import parquet
 
 from conftest import SETS, Project, draw_folders, free_port, wait_for, within
@@ -51,26 +53,42 @@ def address(addresses: tuple[str, str]) -> str:
     return addresses[0]
 
 
-@pytest.fixture
-def training(project: Project) -> Project:
-    draw_folders(project.data, train=40, test=8)
-    project.configure_sets(*SETS[:2])
-    project.make_store()
-    return project
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project that fits two sets, and has fitted them once without a cluster."""
+    made = Project(tmp_path_factory.mktemp("training") / "project")
+    draw_folders(made.data, train=24, test=4)
+    made.configure_sets(*SETS[:2])
+    made.make_store()
+    made.succeed("src/train.py")
+    return made
+
+
+@contextlib.contextmanager
+def same_figures(training: Project) -> Iterator[None]:
+    """See that the sets that the block fits have the figures of those fitted before."""
+    before = fitted(training)
+    yield
+    after = fitted(training)
+    assert len(before) == len(after) == 2
+    for name, run in after.items():
+        assert run.info.run_id != before[name].info.run_id
+        assert len(figures(run)) > 10
+        # The last digit depends on how many threads add numbers up.
+        assert figures(run) == pytest.approx(figures(before[name]), rel=1e-9)
+
+
+def fitted(training: Project) -> dict[str, Run]:
+    """Return the newest run of each set."""
+    with store.connected(f"sqlite:///{training.root}/mlflow.db"):
+        found = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
+    return {run.info.run_name: run for run in reversed(found)}
 
 
 def test_sets_give_the_same_figures_on_a_cluster(training: Project, addresses: tuple[str, str]):
-    training.succeed("src/train.py")
     for address in addresses:
-        training.succeed("src/train.py", "--ray", address)
-    with store.connected(f"sqlite:///{training.root}/mlflow.db"):
-        found = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
-    runs = sorted(found, key=lambda run: run.info.run_name)
-    assert [run.info.run_name for run in runs] == ["one"] * 3 + ["two"] * 3
-    for first, *others in (runs[:3], runs[3:]):
-        assert len(figures(first)) > 10
-        for other in others:  # the last digit depends on how many threads add numbers up
-            assert figures(other) == pytest.approx(figures(first), rel=1e-9)
+        with same_figures(training):
+            training.succeed("src/train.py", "--ray", address)
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -215,6 +233,8 @@ class Hosts:
             self._ip(*inside, "link", "set", end, "up")
             self._ip(*inside, "link", "set", "lo", "up")
         self.address = f"{self.NETWORK}.1:6379"
+        self.token = {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.env = os.environ | self.token | {"RAY_AUTH_MODE": "token"}
         self.nodes: list[subprocess.Popen] = []
 
     def start(self) -> None:
@@ -236,6 +256,7 @@ class Hosts:
         started = subprocess.Popen(
             ["ip", "netns", "exec", self._host(number), "unshare", "-m", "sh", "-c", alone],
             stdout=subprocess.DEVNULL,
+            env=self.env,
             start_new_session=True,
         )
         self.nodes.append(started)
@@ -247,7 +268,7 @@ class Hosts:
             f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR');"
             f"print(int(ray.cluster_resources().get('CPU', 0)))"
         )
-        done = self.run([sys.executable, "-c", code], os.environ)
+        done = self.run([sys.executable, "-c", code], self.env)
         return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
     def run(self, command: list[object], env: dict[str, str]) -> subprocess.CompletedProcess:
@@ -264,7 +285,7 @@ class Hosts:
 
     def end(self) -> None:
         for node in self.nodes:
-            os.killpg(node.pid, signal.SIGTERM)
+            os.killpg(node.pid, signal.SIGKILL)  # SIGTERM drains for half a minute
             node.wait()
         for number in range(2):
             for pid in self._ip("netns", "pids", self._host(number)).stdout.split():
@@ -284,9 +305,12 @@ def hosts():
 
 
 def test_two_hosts_give_the_same_figures(training: Project, hosts: Hosts):
-    here = training.succeed("src/train.py", "--folds", "2")
     script = training.root / "src" / "train.py"
-    command = [sys.executable, script, "--folds", "2", "--ray", hosts.address]
-    done = hosts.run(command, training.environment())
-    assert done.returncode == 0, done.stderr
-    assert table(done.stdout) == table(here)
+    command, env = [sys.executable, script, "--ray", hosts.address], training.environment()
+    with same_figures(training):
+        done = hosts.run(command, env | hosts.token)
+        assert done.returncode == 0, done.stderr
+    done = hosts.run(command, env | {"RAY_AUTH_MODE": "disabled"})
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("error: There is no Ray cluster") and "needs it in ~/.ray" in last
