@@ -541,8 +541,9 @@ SLOW_MODULES = {
 
 # The files that take longest, in their order: begun last, one would be waited for alone.
 LONGEST = """
-    test_team_server test_faults test_browser test_pipeline test_backup test_real test_strangers
-    test_delivery test_fitting test_production test_promotion test_audit test_re_train test_workflow
+    test_ray test_kills test_team_server test_faults test_browser test_pipeline test_backup
+    test_real test_strangers test_delivery test_fitting test_production test_promotion test_audit
+    test_re_train test_workflow
     test_server test_start_api test_inference test_postman
 """.split()
 
