@@ -1,5 +1,6 @@
 """What several tests need: drawn images, a tracking store, a copy of the project to run."""
 
+import compileall
 import fcntl
 import io
 import json
@@ -190,6 +191,8 @@ def model_folder(
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     Project.cache = tmp_path_factory.mktemp("cache")
+    Project.source = Path(shutil.copytree(ROOT / "src", tmp_path_factory.mktemp("source") / "src"))
+    compileall.compile_dir(Project.source, quiet=1)  # once, and not by each script
     Project.empty_store = tmp_path_factory.mktemp("empty") / "mlflow.db"
 
 
@@ -206,11 +209,12 @@ class Project:
     """
 
     cache: Path
+    source = ROOT / "src"
     empty_store: Path
 
     def __init__(self, root: Path):
         self.root = root
-        shutil.copytree(ROOT / "src", root / "src")  # with what is compiled already
+        shutil.copytree(self.source, root / "src")
         shutil.copytree(ROOT / "re_train", root / "re_train")
         for file in (".env", "api.py"):
             shutil.copy(ROOT / file, root)

@@ -31,8 +31,6 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
     Raises:
         PipelineError: Ray is not installed, the cluster cannot be reached, or a task failed.
     """
-    if _has_token():  # Ray itself would use it only for "auto"; other clusters do not mind
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -47,7 +45,7 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
     except (OSError, OverflowError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise PipelineError(
             f"There is no Ray cluster at {address} ({first_line(error)}). Start one with 'ray "
-            f"start --head'; one that was started with a token needs it in ~/.ray/auth_token here"
+            f"start --head'. One with a token needs RAY_AUTH_MODE=token and ~/.ray/auth_token here"
         ) from error
     try:
         yield
@@ -79,13 +77,6 @@ def _begin(address: str, variables: dict[str, str]) -> None:
                 raise
         else:
             return
-
-
-def _has_token() -> bool:
-    """Return whether there is a token where Ray looks for one."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return True
-    return (Path.home() / ".ray" / "auth_token").exists()
 
 
 def _require_answer(address: str) -> None:
