@@ -82,7 +82,8 @@ def fitted(training: Project) -> dict[str, Run]:
     """Return the newest run of each set."""
     with store.connected(f"sqlite:///{training.root}/mlflow.db"):
         found = mlflow.search_runs(experiment_names=["train/casting"], output_format="list")
-    return {run.info.run_name: run for run in reversed(found)}
+    of_sets = [run for run in found if "best_val_accuracy" in run.data.metrics]  # and not of folds
+    return {run.info.run_name: run for run in reversed(of_sets)}
 
 
 def test_sets_give_the_same_figures_on_a_cluster(training: Project, addresses: tuple[str, str]):
