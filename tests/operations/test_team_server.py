@@ -20,7 +20,7 @@ from conftest import Project, draw_folders, wait_for
 from defect_detection import StoreError
 from defect_detection.operations.postgres import Cluster, with_driver
 from defect_detection.registry import store, versions
-from plant import FAULTS, SETS, Plant, figures
+from plant import FAULTS, SETS, Plant, figures, seconds_of
 from team import TeamServer, postgres_of, require_postgres
 
 
@@ -164,18 +164,19 @@ def plants(team: Team, tmp_path: Path, model_folder: Path) -> list[Plant]:
 def test_the_database_is_killed_in_the_middle(team: Team, plants: list[Plant]):
     plant, chance, kept, failed = plants[0], random.Random(7), 0, 0
     folder = team.server.folder / "server" / "postgres"
-    plant.evaluate()
+    trains, evaluates = seconds_of(plant.train), seconds_of(plant.evaluate)
+    sets = len(plant.told.read_text().splitlines())
     for number in range(FAULTS):
-        killer = threading.Timer(chance.uniform(0, 2), kill_database, [folder])
+        killer = threading.Timer(chance.uniform(0, trains), kill_database, [folder])
         killer.start()
         try:
             plant.train()
         except StoreError:
             kept += 1
-        assert len(plant.told.read_text().splitlines()) == (number + 2) * SETS
+        assert len(plant.told.read_text().splitlines()) == sets + (number + 1) * SETS
         killer.join()
         wait_until_whole(plant)
-        killer = threading.Timer(chance.uniform(0, 2), kill_database, [folder])
+        killer = threading.Timer(chance.uniform(0, evaluates), kill_database, [folder])
         killer.start()
         try:
             plant.evaluate()
