@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import Project, Server, draw_part, encoded, wait_for
+from conftest import Project, Server, draw_folders, draw_part, encoded, wait_for
 from defect_detection.service.verdicts import Verdicts
 
 playwright = pytest.importorskip(
@@ -72,6 +72,13 @@ class Line:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server.port}"
 
+    def train(self) -> None:
+        self.project.make_store()
+        draw_folders(self.project.data, train=80, test=20)
+        self.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
+        self.project.succeed("src/train.py")
+        self.project.succeed("src/evaluation.py")
+
     def begin(self) -> None:
         self.server.start()
         wait_for(lambda: self.health()["model"])
@@ -105,11 +112,10 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory, _trained: Project):
+def line(tmp_path_factory):
     made = Line(tmp_path_factory.mktemp("line"))
     try:
-        made.project.become(_trained)
-        made.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
+        made.train()
         made.begin()
         yield made
     finally:
