@@ -335,7 +335,7 @@ def _convert(model: keras.Model, quantize: str) -> bytes:
         return model(images, training=False)
 
     function = tf.function(serve, input_signature=[signature], autograph=False)
-    # Not Keras' ExportArchive, which traces each layer once more, in twice the time.
+    # Keras' ExportArchive would trace each layer once more, in twice the time.
     module = tf.Module()
     module.variables_of_model = [one.value for one in model.variables]
     with tempfile.TemporaryDirectory() as folder, native_output.suppressed():
