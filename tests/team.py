@@ -54,6 +54,11 @@ class TeamServer:
             "MLFLOW_TRACKING_PASSWORD": password,
         }
 
+    @property
+    def uri_with_password(self) -> str:
+        password = self.credentials["MLFLOW_TRACKING_PASSWORD"]
+        return self.uri.replace("://", f"://admin:{password}@")
+
     def start(self) -> None:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -85,20 +85,15 @@ def test_a_run_is_found_with_all_that_it_logged(team: Team):
             }
 
     before = found(team.sqlite["MLFLOW_TRACKING_URI"])
-    after = found(uri_of(team.server))
+    after = found(team.server.uri_with_password)
     assert len(before) >= 4
     assert {run: after[run] for run in before} == before
-
-
-def uri_of(server: TeamServer) -> str:
-    password = server.credentials["MLFLOW_TRACKING_PASSWORD"]
-    return server.uri.replace("://", f"://admin:{password}@")
 
 
 def test_the_same_seed_gives_the_same_figures(team: Team):
     for script in ("src/train.py", "src/evaluation.py"):
         team.run(script, **team.server.credentials)
-    with store.connected(uri_of(team.server)):
+    with store.connected(team.server.uri_with_password):
         for experiment in ("train/casting", "eval/casting"):
             found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
             newest, oldest = figures(found[0]), figures(found[-1])
@@ -155,7 +150,7 @@ def plants(team: Team, tmp_path: Path, model_folder: Path) -> list[Plant]:
     made = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        made.append(Plant(tmp_path / name, uri_of(team.server), model_folder, tmp_path))
+        made.append(Plant(tmp_path / name, team.server.uri_with_password, model_folder, tmp_path))
         made[-1].name = tmp_path.name
         made[-1].train()
     return made
