@@ -32,8 +32,8 @@ def register(names):
     with mlflow.start_run(experiment_id=store.open_experiment("train/registry")) as run:
         pass
 
-    def one(acc: float) -> versions.Version:
-        name = versions.gate(acc, names)
+    def one(acc: float, name: str = "") -> versions.Version:
+        name = name or versions.gate(acc, names)
         return versions.register(
             run.info.artifact_uri, run.info.run_id, acc, "described", name, TAGS
         )
@@ -76,6 +76,23 @@ def test_versions_without_accuracy_are_named_and_left_out(register, names, caplo
     assert "version 2 has no accuracy" in caplog.text
 
 
+ACCURACIES = [1.0, 0.9999, 0.99, 0.985, 0.91, 0.9, 0.85, 0.5, 0.1, 0.05, 0.0004, 1e-05, 5e-324, 0.0]
+
+
+def test_highest_is_the_one_of_all_that_are_wanted(register, names):
+    every = [*ACCURACIES[::2], *ACCURACIES[::-1]]  # each second one twice
+    name = names.production_model_name
+    for acc in every:
+        register(acc, name)
+    for number, acc in enumerate(ACCURACIES):
+        wanted = ACCURACIES[number:]
+        found = versions.highest(name, "abc", lambda one, wanted=wanted: one.acc in wanted)
+        newest = max(n for n, other in enumerate(every, 1) if other == acc)
+        assert (found.acc, found.number) == (acc, newest)
+    assert versions.highest(name, "abc", lambda one: False) is None
+    assert versions.highest(name, "def", lambda one: True) is None
+
+
 def test_version_gets_the_figures_of_other_pictures(register):
     version = register(0.7)
     tags = {"acc_unseen": "unknown", "test_digest": "def", "escapes": "none"}
@@ -102,7 +119,7 @@ def test_update_that_is_cut_off_leaves_figures_of_no_pictures(register, monkeypa
     assert found.test_digest == ""
 
 
-@pytest.mark.parametrize("acc", ["a lot", "", "nan", "inf", "1.2", "-0.1"])
+@pytest.mark.parametrize("acc", ["a lot", "", "nan", "inf", "1.2", "-0.1", "9e-1", " 0.9"])
 def test_accuracy_that_someone_edited_is_no_accuracy(register, acc, caplog):
     version = register(0.9)
     versions.set_alias(version, versions.PRODUCTION_ALIAS)

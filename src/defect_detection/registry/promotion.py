@@ -119,26 +119,24 @@ class Election:
         """
         present = versions.in_production(self.name)
         kept = present.number if present is not None else None
-        others = [
-            one
-            for one in self._tested(coming)
-            if one.number not in (kept, *self._unusable) and _may_replace(one, present)
-        ]
-        if not others:  # nothing could replace it, so it is not scored again either
+
+        def wanted(one: Version) -> bool:
+            takes_part = one.test_digest == self.digest and one.number not in self._unusable
+            return takes_part and one.number != kept and _may_replace(one, present)
+
+        best = versions.highest(
+            self.name, self.digest, lambda one: one.number != _number(coming) and wanted(one)
+        )
+        known = [one for one in (best, coming) if one is not None and wanted(one)]
+        if not known:  # nothing could replace it, so it is not scored again either
             return present, present
         if present is not None:
             if self._score(present):
                 scored = versions.numbered(self.name, present.number)
-                others += [scored] if scored.test_digest == self.digest else []
+                known += [scored] if scored.test_digest == self.digest else []
             else:
                 self._unusable.add(present.number)
-        return present, max(others, key=lambda one: (one.acc, one.number == kept, one.number))
-
-    def _tested(self, coming: Version | None = None) -> list[Version]:
-        known = {one.number: one for one in versions.with_accuracy(self.name, self.digest)}
-        if coming is not None:
-            known[coming.number] = coming
-        return [one for one in known.values() if one.test_digest == self.digest]
+        return present, max(known, key=lambda one: (one.acc, one.number == kept, one.number))
 
 
 def promote(election: Election, by: str) -> Version | None:
@@ -182,9 +180,8 @@ def why_set_aside(name: str, version: Version) -> str:
 
     Whoever set a version aside meant the model, under whatever number it comes back.
     """
-    for known in reversed(versions.with_accuracy(name)):
-        how = version.repeats(known) if known.set_aside else ""
-        if how:
+    for known in reversed(versions.those_set_aside(name)):
+        if how := version.repeats(known):
             return f"it is {how} version {known.number}, which a person set aside"
     return ""
 

@@ -32,6 +32,10 @@ LITERT = "litert_sha256"  # of its LiteRT model
 PARENT = "parent_model"  # URI of the logged model that it was fine-tuned from
 TRAINED = "training_digest"  # of the images that it was trained on
 
+# The tag `acc`, as `repr` writes a number from 0 to 1; and its first digits, the highest first.
+_WRITTEN = re.compile(r"[01](\.\d*)?|\d(\.\d+)?e-(0[5-9]|[1-9]\d+)")
+_FALLING = ("1", *(f"0.{n}" for n in (*range(99, 90, -1), *range(9, 0, -1))), "")
+
 
 @dataclass(frozen=True)
 class Version:
@@ -165,16 +169,39 @@ def register(
     return Version(name, int(made.version), acc, made.tags, model_uri)
 
 
-def with_accuracy(name: str, digest: str = "") -> list[Version]:
-    """Return the versions of a registered model that have the tag `acc`, oldest first.
+def with_accuracy(name: str) -> list[Version]:
+    """Return the versions of a registered model that have the tag `acc`, oldest first."""
+    return _with_accuracy(name, f"name = '{name}'")
+
+
+def highest(name: str, digest: str, wanted: Callable[[Version], bool]) -> Version | None:
+    """Return the wanted version with the highest `acc`, the newest of equal ones.
+
+    MLflow needs a millisecond for each version that it returns, so those with high accuracies are
+    asked for first, by the first digits of the tag.
 
     Args:
         name: of the registered model.
-        digest: of test images, if only versions that were tested on these are wanted.
+        digest: of the test images; versions that were tested on others are not looked at.
+        wanted: whether a version comes into question.
     """
+    tested = f"name = '{name}' and tags.{TEST_DIGEST} = '{digest}'"
+    for digits in _FALLING:
+        found = filter(wanted, _with_accuracy(name, f"{tested} and tags.acc LIKE '{digits}%'"))
+        best = max(found, key=lambda version: (version.acc, version.number), default=None)
+        if best is not None and best.acc >= float(digits or 0):
+            return best
+    return None
+
+
+def those_set_aside(name: str) -> list[Version]:
+    """Return the versions that a person moved the alias away from or past, oldest first."""
+    return _with_accuracy(name, f"name = '{name}' and tags.{SET_ASIDE} = 'true'")
+
+
+def _with_accuracy(name: str, wanted: str) -> list[Version]:
     found = []
-    tested_on = f" and tags.{TEST_DIGEST} = '{digest}'" if digest else ""
-    for version in _search(f"name = '{name}'{tested_on}"):
+    for version in _search(wanted):
         acc = _accuracy(version.tags)
         if acc is None:
             _warn_of(name, version.version)
@@ -296,8 +323,6 @@ def _read(found: ModelVersion) -> Version:
 
 def _accuracy(tags: Mapping[str, str]) -> float | None:
     """Return the tag `acc`, which anyone may edit in MLflow; None if it is no accuracy."""
-    try:
-        acc = float(tags["acc"])
-    except (KeyError, ValueError):
-        return None
+    text = tags.get("acc", "")
+    acc = float(text) if _WRITTEN.fullmatch(text) else math.nan
     return acc if 0 <= acc <= 1 else None
