@@ -74,7 +74,7 @@ class Line:
 
     def train(self) -> None:
         self.project.make_store()
-        draw_folders(self.project.data, train=80, test=20)
+        draw_folders(self.project.data, train=80, test=10)
         self.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
         self.project.succeed("src/train.py")
         self.project.succeed("src/evaluation.py")
