@@ -10,9 +10,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 
-import server
 from defect_detection import cli, settings
-from defect_detection.operations import backup
+from defect_detection.operations import backup, tracking_server
 from defect_detection.operations.backup import Locations
 
 log = logging.getLogger(__name__)
@@ -26,24 +25,25 @@ def main() -> None:
     what.add_argument("--restore", type=_folder, metavar="DIR", help="restore the backup there")
     options = parser.parse_args()
     if options.to:
-        made = backup.make(locations(settings.environment()), options.to)
+        here = locations(settings.environment(), settings.read_config())
+        made = backup.make(here, options.to)
         for one in made.left_out:
             log.warning("Not in the backup: %s", one)
         print(f"{made.folder}: {len(made.files)} files, {made.size / 2**20:.1f} MB")
         return
     known = backup.read(options.restore)
-    backup.require_empty(locations(settings.environment()))
-    for name in backup.restore_configuration(options.restore, settings.ROOT):
+    kept = options.restore / "configuration"  # says where everything belongs
+    config = settings.read_config(str(kept / "src" / "config.yaml"))
+    here = locations(settings.environment(env_file=kept / ".env"), config)
+    for name in backup.restore(options.restore, known, here):
         log.info("%s is that of the backup now", name)
-    backup.restore(options.restore, known, locations(settings.environment()))
     for one in known["left_out"]:
         log.warning("Not in the backup: %s", one)
     print(f"Restored what was backed up at {known['made_at']}: {len(known['files'])} files")
 
 
-def locations(env: Mapping[str, str]) -> Locations:
-    """Return where everything is, by the configuration."""
-    config = settings.read_config()
+def locations(env: Mapping[str, str], config: settings.Config) -> Locations:
+    """Return where everything is."""
     return Locations(
         root=settings.ROOT,
         store=settings.tracking_uri(env),
@@ -52,7 +52,7 @@ def locations(env: Mapping[str, str]) -> Locations:
         jobs=settings.from_root(env.get("JOBS_PATH", settings.JOBS_PATH)),
         cache=settings.from_root(config.paths.cache),
         best_model=config.best_model,
-        server=server.chosen(env),
+        server=tracking_server.chosen(env),
     )
 
 

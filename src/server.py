@@ -7,18 +7,15 @@ With --migrate, runs, versions, aliases and artifacts of the sqlite store are co
 server's database, which must be empty.
 """
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from defect_detection import PipelineError, cli, settings, uris
+from defect_detection import PipelineError, cli, settings
 from defect_detection.operations import tracking_server
 from defect_detection.operations.tracking_server import SECRETS, Secrets, ServerPlan
 from defect_detection.pipeline import delivery
-from defect_detection.registry import store
-
-log = logging.getLogger(__name__)
+from defect_detection.registry import runs, store
 
 PREFIX = "sqlite:///"
 
@@ -29,37 +26,11 @@ def main() -> None:
     parser.add_argument("--migrate", action="store_true", help="copy the sqlite store, then end")
     options = parser.parse_args()
     env = settings.environment()
-    plan = chosen(env)
+    plan = tracking_server.chosen(env)
     if options.migrate:
         migrate(plan, env)
         return
     tracking_server.run(plan, {**os.environ, **env}, lambda known: welcome(plan, known))
-
-
-def chosen(env: Mapping[str, str]) -> ServerPlan:
-    """Return how the server is run, by its variables.
-
-    Raises:
-        PipelineError: one has a value that it cannot have.
-    """
-    folder = settings.from_root(env.get("SERVER_PATH", ".server"))
-    port, database = env.get("SERVER_PORT", "5000"), env.get("SERVER_DATABASE", "")
-    artifacts = env.get("SERVER_ARTIFACTS", str(folder / "artifacts"))
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise PipelineError(f"SERVER_PORT is {port}, expected a number from 1 to 65535")
-    if database and not database.startswith("postgresql"):
-        raise PipelineError(
-            f"SERVER_DATABASE is {uris.without_password(database)}, expected such as "
-            f"postgresql://mlflow:secret@192.168.0.11/mlflow"
-        )
-    return ServerPlan(
-        folder=folder,
-        host=env.get("SERVER_HOST", "0.0.0.0"),
-        port=int(port),
-        names=tuple(env.get("SERVER_NAMES", "").replace(",", " ").split()),
-        database=database,
-        artifacts=artifacts if "://" in artifacts else str(settings.from_root(artifacts)),
-    )
 
 
 def welcome(plan: ServerPlan, known: Secrets) -> None:
@@ -84,7 +55,9 @@ def migrate(plan: ServerPlan, env: Mapping[str, str]) -> None:
             f"MLFLOW_TRACKING_URI={settings.STORE} make server-migrate"
         )
     cache = settings.from_root(settings.read_config().paths.cache)
-    with store.connected(uri):
+    # The keys of a bucket, where .env.local has them.
+    os.environ |= {name: env[name] for name in env if name.startswith(("AWS_", "MLFLOW_S3_"))}
+    with store.connected(uri), runs.watched(cache):
         delivery.deliver_all(cache, strict=True)
     with tracking_server.own(plan) as (_, database):
         source = Path(uri.removeprefix(PREFIX))

@@ -31,7 +31,7 @@ def register_versions(root: Path) -> None:
             with mlflow.start_run(experiment_id=experiment) as run:
                 mlflow.log_text(f"{number}\n" * 10_000, NOTE)
                 run_id = run.info.run_id
-                tags = {"released": "false", "busy": run_id}
+                tags = {"released": "false", "not_released": "busy", "busy": run_id}
                 versions.register(model.source, run_id, 0.5, "busy", NAME, tags)
 
 

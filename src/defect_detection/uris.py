@@ -39,6 +39,11 @@ def place(uri: str) -> str:
     return split(uri)[0] if is_server(uri) else uri
 
 
+def name(uri: str) -> str:
+    """Return by what files of this project name a store: its URI without user and password."""
+    return without_password(place(uri))
+
+
 def joined(bare: str, user: str, password: str) -> str:
     """Return a URI with a user and a password, percent-encoded."""
     if not user and not password:

@@ -1,5 +1,6 @@
 """Backups, taken while everything runs, and what is restored from them."""
 
+import json
 import os
 import shutil
 import sqlite3
@@ -18,6 +19,10 @@ from defect_detection.dataset.inbox import Inbox, Seen
 from defect_detection.inference.judge import Item, NamedModel, judge
 from defect_detection.inference.verdict_log import Origin, Rules, VerdictLog
 from defect_detection.operations import backup
+from defect_detection.pipeline import delivery, journal, record
+from defect_detection.pipeline.delivery import Purpose
+from defect_detection.pipeline.journal import RunInfo
+from defect_detection.pipeline.record import Trained
 from defect_detection.registry import saved_model, store, versions
 
 COPIES = int(os.environ.get("COPIES", "3"))  # backups while everything writes
@@ -111,10 +116,77 @@ def test_nothing_is_restored_over_something_or_from_a_damaged_backup(
     said = new.fail("src/backup.py", "--restore", damaged)
     assert "holds no backup" in said
     elsewhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    new.configure(lambda config: config["line"].update(audit_share=0.5))
+    config = (new.root / "src" / "config.yaml").read_bytes()
     said = new.fail("src/backup.py", "--restore", made, **elsewhere)
     assert "Set it as in the backup" in said
     for name in ("mlflow.db", "mlruns", "best_model.json"):
         assert not (new.root / name).exists()
+    # What somebody has written for the new place stays too.
+    (made / "configuration" / ".env.local").write_text("API_TOKEN=former\n")
+    for name in (".env.local", "mlruns/1"):
+        (new.root / name).parent.mkdir(exist_ok=True)
+        (new.root / name).write_text("API_TOKEN=new\n")
+        said = new.fail("src/backup.py", "--restore", made)
+        assert f"{name.partition('/')[0]} is there already. Nothing was restored" in said
+        assert (new.root / name).read_text() == "API_TOKEN=new\n"
+        (new.root / name).unlink()
+    assert not (new.root / "mlflow.db").exists()
+    assert (new.root / "src" / "config.yaml").read_bytes() == config
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", None])
+def test_a_store_that_is_damaged_is_named(project: Project, tmp_path: Path, content: bytes | None):
+    file = project.root / "mlflow.db"
+    if content is None:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE other (id)")
+    else:
+        file.write_bytes(content)
+    said = project.fail("src/backup.py", "--to", tmp_path / "backups")
+    assert "mlflow.db" in said and ("is no SQLite database" in said or "holds no store" in said)
+    assert not list((tmp_path / "backups").iterdir())
+
+
+def test_what_was_under_way_is_delivered_or_ended_after_a_restoration(
+    trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A training that MLflow lacks, an open run, a version whose evaluation did not end."""
+    cache = tmp_path / "cache"
+    trained.configure(lambda config: config["paths"].update(cache=str(cache)))
+    with store.connected(f"sqlite:///{trained.root}/mlflow.db"):
+        experiment = store.open_experiment("train/casting")
+        mlflow.MlflowClient().create_run(experiment, run_name="open")
+        first = versions.with_accuracy("Production_Reg")[0]
+        tags = {"released": "false", "not_released": versions.UNFINISHED}
+        versions.register(first.source, "", 0.9, "half", first.name, tags)
+        purpose = Purpose(1, "digest", str(trained.root / "best_model.json"), "train.py --sync")
+        with monkeypatch.context() as lost, delivery.training(cache, purpose) as training:
+            lost.setattr(journal, "_start", refuse)
+            with training.run(RunInfo("train/casting", "kept", "", {})) as fitted:
+                record.epoch(1, {"loss": 0.5})
+                fitted.append(Trained("kept", 1, 0.9, 0.1, 1.0, "", ""))
+    made = back_up(trained, tmp_path / "backups")
+    shutil.rmtree(cache)
+    new = Project(tmp_path / "new")
+    new.succeed("src/backup.py", "--restore", made)
+    with store.connected(f"sqlite:///{new.root}/mlflow.db"):
+        assert statuses() == {"FINISHED", "KILLED"}
+        assert [one.number for one in versions.with_accuracy("Production_Reg")] == [1, 2]
+    said = new.succeed("src/train.py", "--sync", "--data", trained.data)
+    assert said.startswith("Delivered from a former training: kept; best kept, written to")
+    best = json.loads((new.root / "best_model.json").read_text())
+    with store.connected(f"sqlite:///{new.root}/mlflow.db"):
+        assert mlflow.get_run(best["run_id"]).data.metrics == {"loss": 0.5}
+
+
+def refuse(info: RunInfo) -> None:
+    raise mlflow.exceptions.MlflowException("no answer")
+
+
+def statuses() -> set[str]:
+    found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    return {run.info.status for run in found}
 
 
 def flip_a_bit(made: Path) -> None:
@@ -178,6 +250,7 @@ def written(project: Project) -> tuple[int, ...]:
 def require_whole(project: Project) -> None:
     """Fail unless all that the databases and the table of labels name is there."""
     with store.connected(f"sqlite:///{project.root}/mlflow.db"):
+        assert not statuses() & {"RUNNING"}
         for version in versions.with_accuracy("Production_Reg"):
             if run := version.tags.get("busy"):
                 assert len(mlflow.artifacts.load_text(f"runs:/{run}/{busy.NOTE}")) >= 20_000

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from conftest import SETS, Project, TrackingServer, draw_folders
-from defect_detection import StoreError, locks
+from defect_detection import PipelineError, StoreError, locks
 from defect_detection.pipeline import delivery, journal, record
 from defect_detection.pipeline.delivery import Purpose
 from defect_detection.pipeline.journal import RunInfo
@@ -199,6 +199,52 @@ def test_training_is_delivered_to_its_own_store_only(kept, store, tmp_path, caps
     assert capsys.readouterr().out == "Delivered from a former training: own\n"
     (run,) = known_runs("own")
     assert run.data.metrics == {"loss": 0.5}
+    assert not folder.parent.exists()
+
+
+def test_kill_between_two_notes_of_a_delivery_loses_nothing(kept, store, tmp_path, capsys):
+    """MLflow has the run, and what is kept does not say which."""
+    folder = kept("noted", str(tmp_path / "best.json"))
+    run = journal.deliver(folder).run_id
+    assert run and run not in (folder.parent / "training.json").read_text()
+    delivery.deliver_all(tmp_path, strict=True)
+    assert json.loads((tmp_path / "best.json").read_text())["run_id"] == run
+    assert not folder.parent.exists()
+
+
+def test_file_that_names_the_best_model_is_written_when_there_is_room(kept, store, tmp_path):
+    best = tmp_path / "full" / "best.json"
+    folder = kept("unwritten", str(best)).parent
+    best.parent.write_text("no folder")
+    with pytest.raises(PipelineError, match="best.json"):
+        delivery.deliver_all(tmp_path, strict=True)
+    assert folder.exists()
+    best.parent.unlink()
+    delivery.deliver_all(tmp_path, strict=True)
+    assert best.exists() and not folder.exists()
+    purpose = Purpose(1, "digest", str(best), "train.py --sync")
+    with pytest.raises(KeyboardInterrupt), delivery.training(tmp_path, purpose) as training:
+        with training.run(RunInfo("train/kept", "fitted", "", {})) as trained:
+            trained.append(Trained("fitted", 1, 0.9, 0.1, 1.0, record.run_id(), ""))
+        raise KeyboardInterrupt
+    assert training.folder.exists()
+    delivery.deliver_all(tmp_path, strict=True)
+    assert json.loads(best.read_text())["run_id"] == training.trained.popitem()[1].run_id
+    assert not training.folder.exists()
+
+
+def test_what_is_kept_from_before_the_end_of_a_run_does_not_open_it_again(kept, store, tmp_path):
+    """As a restored backup has it: it is older than what the store has of the run."""
+    folder = kept("older")
+    copy = Path(shutil.copytree(folder.parent, tmp_path / "copy"))
+    delivery.deliver_all(tmp_path, strict=True)
+    (run,) = known_runs("older")
+    entries = (copy / folder.name / "entries.jsonl").read_text().splitlines()
+    (copy / folder.name / "entries.jsonl").write_text(entries[0])
+    shutil.move(copy, folder.parent)
+    delivery.deliver_all(tmp_path, strict=True)
+    (after,) = known_runs("older")
+    assert (after.info.status, after.info.end_time) == ("FINISHED", run.info.end_time)
     assert not folder.parent.exists()
 
 

@@ -1,13 +1,12 @@
 """A backup of everything that cannot be made again, and its way back into an empty folder.
 
-It is taken while everything runs: databases are copied as they are at one moment, and then the
-files that they name, which are never changed.
+It is taken while everything runs: first what MLflow lacks is copied, then databases as they are at
+one moment, then the files that they name, which are never changed.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import time
@@ -18,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy
+
 from defect_detection import PipelineError, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.dataset.folder import FIELD, INBOX
@@ -26,7 +27,8 @@ from defect_detection.operations import postgres, stores, tracking_server
 from defect_detection.operations.stores import Place
 from defect_detection.operations.tracking_server import SECRETS, ServerPlan
 from defect_detection.pipeline import delivery
-from defect_detection.registry import store
+from defect_detection.registry import runs, store
+from defect_detection.runtime.preprocessing import files_below
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ LOCAL = "sqlite:///"
 CHUNK = 1 << 20
 DAY = 86400  # seconds
 CONFIGURATION = ("src/config.yaml", "re_train/re_train.yaml", ".env", ".env.local")
+UNDELIVERED = "undelivered"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Locations:
         return named | {
             "line": self.line,
             "jobs": self.jobs,
-            "undelivered": self.cache / delivery.FOLDER,
+            UNDELIVERED: self.cache / delivery.FOLDER,
             "best_model.json": self.best_model,
         }
 
@@ -129,17 +132,25 @@ def make(here: Locations, to: Path) -> Backup:
     try:
         _delete_partial(to)
         partial.mkdir(parents=True, mode=0o700)  # it holds passwords
+    except OSError as error:
+        raise PipelineError(f"{to}: no backup can be made there ({error})") from error
+    try:
         backup = Backup(partial)
+        parts = here.parts()
+        # What MLflow gets in the meantime is in both, and does no harm there.
+        backup.add(parts.pop(UNDELIVERED), UNDELIVERED)
         _add_store(backup, here)
         _add_server(backup, here.server)
-        for name, source in here.parts().items():
+        for name, source in parts.items():
             inbox = Inbox(here.data) if name == f"data/{INBOX}" and source.is_dir() else None
             with inbox.at_rest() if inbox is not None else nullcontext():
                 backup.add(source, name)
         _write_manifest(backup, here, now)
         partial.rename(folder)
     except OSError as error:
-        raise PipelineError(f"{to}: no backup can be made there ({error})") from error
+        raise PipelineError(
+            f"{error.filename or to}: {error.strerror}. No backup was made"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     backup.folder = folder
@@ -170,6 +181,8 @@ def _add_store(backup: Backup, here: Locations) -> None:
     if not source.exists():
         backup.left_out.append(f"the store {here.store}, which does not exist")
         return
+    if not _is_sqlite(source):
+        raise PipelineError(f"{source} is no SQLite database. Restore it from an older backup")
     backup.add(source, "store/mlflow.db")
     with stores.read(f"{LOCAL}{backup.folder / 'store/mlflow.db'}") as engine:
         places = stores.local_places(engine)
@@ -198,19 +211,18 @@ def _add_server(backup: Backup, server: ServerPlan) -> None:
 
 
 def _client(name: str, uri: str, arguments: list[str]) -> None:
-    """Run one of PostgreSQL's clients; the password is in its environment, which nobody sees.
+    """Run one of PostgreSQL's clients on a database.
 
     Raises:
         PipelineError: it fails.
     """
-    where = postgres.variables(uri)
-    done = subprocess.run(
-        [postgres.program(name), "--no-password", *arguments],
-        env=where,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with postgres.for_programs(uri) as where:
+        done = subprocess.run(
+            [postgres.program(name), "--no-password", "-d", where, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
         raise PipelineError(f"{name} failed: {uris.scrubbed(lines[0].strip(), uri)}")
@@ -220,7 +232,7 @@ def _write_manifest(backup: Backup, here: Locations, now: datetime) -> None:
     known = {
         "format": FORMAT,
         "made_at": now.isoformat(timespec="seconds"),
-        "store": uris.without_password(here.store),
+        "store": uris.name(here.store),
         "places": backup.places,
         "left_out": backup.left_out,
         "files": dict(sorted(backup.files.items())),
@@ -259,8 +271,7 @@ def read(folder: Path) -> dict[str, Any]:
     return known
 
 
-def restore_configuration(folder: Path, root: Path) -> list[str]:
-    """Put the configuration of a backup in its place; return the files that were other ones."""
+def _restore_configuration(folder: Path, root: Path) -> list[str]:
     changed = []
     for name in CONFIGURATION:
         source, target = folder / "configuration" / name, root / name
@@ -272,12 +283,18 @@ def restore_configuration(folder: Path, root: Path) -> list[str]:
     return changed
 
 
-def require_empty(here: Locations) -> None:
+def _require_empty(folder: Path, known: dict[str, Any], here: Locations) -> None:
     """Raise PipelineError if something is there that a restoration would replace."""
     there = [path for name, path in here.parts().items() if not name.startswith("configuration")]
     there += [here.server.folder / SECRETS, here.server.folder / "postgres"]
+    if "://" not in here.server.artifacts:
+        there.append(Path(here.server.artifacts))
     if here.store.startswith(LOCAL):
         there.append(Path(here.store.removeprefix(LOCAL)))
+        there += [here.root / place["to"] for place in known["places"]]
+    own, kept = here.root / ".env.local", folder / "configuration" / ".env.local"
+    if kept.exists() and own.exists() and own.read_bytes() != kept.read_bytes():
+        there.append(own)
     for path in there:
         if path.is_file() or path.is_dir() and any(_files(path)):
             raise PipelineError(
@@ -286,20 +303,25 @@ def require_empty(here: Locations) -> None:
             )
 
 
-def restore(folder: Path, known: dict[str, Any], here: Locations) -> None:
+def restore(folder: Path, known: dict[str, Any], here: Locations) -> list[str]:
     """Put a backup, whose files were compared, in its place.
 
-    The sqlite store comes last, as it names all else.
+    Whatever can be found out beforehand is; the configuration comes last.
+
+    Returns:
+        The files of the configuration that were other ones.
 
     Raises:
         PipelineError: something is there already, cannot be written, or the store is another one.
     """
-    require_empty(here)
+    _require_empty(folder, known, here)
     if (folder / "store").is_dir() and not here.store.startswith(LOCAL):
         raise PipelineError(
             f"The backup has a sqlite store, and MLFLOW_TRACKING_URI is "
             f"{uris.without_password(here.store)}. Set it as in the backup"
         )
+    if (folder / "server").is_dir():
+        _require_database(here.server)
     for name, target in here.parts().items():
         if not name.startswith("configuration"):
             _put(folder / name, target)
@@ -310,8 +332,21 @@ def restore(folder: Path, known: dict[str, Any], here: Locations) -> None:
         _restore_server(folder / "server", here.server)
     if (folder / "store").is_dir():
         _restore_store(folder / "store", known["places"], here)
-    now = uris.without_password(here.store)
-    delivery.move(here.cache, (known["store"], now), str(here.best_model))
+    delivery.move(here.cache, known["store"], uris.name(here.store), str(here.best_model))
+    return _restore_configuration(folder, here.root)
+
+
+def _require_database(server: ServerPlan) -> None:
+    """Raise PipelineError unless PostgreSQL is installed, and a database that is named is empty."""
+    for program in ("pg_restore", *(("initdb", "pg_ctl") if not server.database else ())):
+        postgres.program(program)
+    if server.database:
+        with stores.read(server.database) as engine:
+            if sqlalchemy.inspect(engine).get_table_names():
+                raise PipelineError(
+                    f"{uris.without_password(server.database)} is not empty. Nothing was restored: "
+                    f"name an empty database with SERVER_DATABASE"
+                )
 
 
 def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) -> None:
@@ -325,6 +360,13 @@ def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) 
         shutil.copyfile(source / "mlflow.db", temporary)
         with stores.read(f"{LOCAL}{temporary}") as engine, engine.begin() as connection:
             stores.move(connection, moved)
+        _end_what_was_open(f"{LOCAL}{temporary}")
+
+
+def _end_what_was_open(uri: str) -> None:
+    """End what was under way in a store when the backup was made; nobody goes on with it."""
+    with store.connected(uri):
+        runs.end_all()
 
 
 def _restore_server(source: Path, server: ServerPlan) -> None:
@@ -332,9 +374,9 @@ def _restore_server(source: Path, server: ServerPlan) -> None:
     if "://" not in server.artifacts:
         _put(source / "artifacts", Path(server.artifacts))
     with tracking_server.own(server) as (_, database):
-        options = ["--no-owner", "--exit-on-error", "--single-transaction"]
-        options += ["-d", postgres.variables(database)["PGDATABASE"]]
+        options = ["--no-owner", "--no-privileges", "--exit-on-error", "--single-transaction"]
         _client("pg_restore", database, [*options, str(source / "mlflow.dump")])
+        _end_what_was_open(postgres.with_driver(database))
 
 
 def _put(source: Path, target: Path) -> None:
@@ -356,13 +398,10 @@ def _put(source: Path, target: Path) -> None:
 
 def _files(source: Path) -> Iterator[Path]:
     """Yield a file, or the files below a folder but for locks and what is being written."""
-    if source.is_file():
-        yield source
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(one for one in folders if not one.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name != "lock" and not name.endswith(COMPANIONS):
-                yield Path(folder) / name
+    every = [source] if source.is_file() else map(Path, files_below(str(source)))
+    for file in every:
+        if file.name != "lock" and not file.name.endswith(COMPANIONS):
+            yield file
 
 
 def _is_sqlite(file: Path) -> bool:

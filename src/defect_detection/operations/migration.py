@@ -39,8 +39,7 @@ class TakenOver:
 def take_over(source: Path, root: Path, database: str, artifacts: str) -> TakenOver:
     """Copy the tables and the artifacts of a sqlite store; the store stays as it is.
 
-    Whoever writes into the store meanwhile is not waited for: what comes after the beginning is not
-    copied.
+    What is written into the store after the beginning is not copied.
 
     Args:
         source: file of the store.

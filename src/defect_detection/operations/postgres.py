@@ -35,20 +35,22 @@ def with_driver(uri: str) -> str:
     return uri.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
-def variables(uri: str) -> dict[str, str]:
-    """Return the variables by which PostgreSQL's own programs know a database.
+@contextmanager
+def for_programs(uri: str) -> Iterator[str]:
+    """Yield the URI of a database for PostgreSQL's own programs, with all that it says of TLS.
 
-    The password is not on their command line, which every user of the machine can read.
+    The password is in a file for the block, since every user of the machine can read a command
+    line.
     """
-    url = sqlalchemy.engine.make_url(uri)
-    found = {
-        "PGHOST": url.host or str(url.query.get("host", "")),
-        "PGPORT": str(url.port or ""),
-        "PGUSER": url.username or "",
-        "PGPASSWORD": url.password or "",
-        "PGDATABASE": url.database or "",
-    }
-    return {name: value for name, value in found.items() if value}
+    bare, user, password = uris.split(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "password"
+        file.touch(mode=0o600)
+        escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+        file.write_text(f"*:*:*:*:{escaped}\n")
+        url = sqlalchemy.engine.make_url(uris.joined(bare, user, ""))
+        url = url.set(drivername="postgresql").update_query_dict({"passfile": str(file)})
+        yield url.render_as_string(hide_password=False)
 
 
 def program(name: str, version: str = "") -> str:
@@ -70,7 +72,7 @@ def program(name: str, version: str = "") -> str:
         which = f"PostgreSQL {version}".rstrip()
         raise PipelineError(
             f"{which} is not installed ({name} was not found). Install it ('apt-get install "
-            f"postgresql', 'brew install postgresql'), or name a database with SERVER_DATABASE"
+            f"postgresql', 'brew install postgresql')"
         )
     return max(fitting, key=lambda path: int(by_version[path] or 0))
 

@@ -16,7 +16,7 @@ from mlflow.store.db import utils
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import Connection, Engine, MetaData, Table
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, uris
 from defect_detection.operations.postgres import with_driver
 from defect_detection.registry import store
 
@@ -65,10 +65,17 @@ def opened(uri: str) -> Iterator[Engine]:
 
 @contextmanager
 def read(uri: str) -> Iterator[Engine]:
-    """Open the tables of a store as they are for the block."""
+    """Open the tables of a store as they are for the block.
+
+    Raises:
+        PipelineError: the database does not answer, or refuses something.
+    """
     engine = utils.create_sqlalchemy_engine(with_driver(uri))
     try:
         yield engine
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        shown = uris.without_password(uri)
+        raise PipelineError(f"{shown} cannot be used ({store.first_line(error, uri)})") from error
     finally:
         engine.dispose()
 
@@ -103,8 +110,14 @@ class Place:
 
 
 def local_places(engine: Engine) -> list[str]:
-    """Return the local folders in which a store's artifacts are, none of them within another."""
+    """Return the local folders in which a store's artifacts are, none of them within another.
+
+    Raises:
+        PipelineError: the database holds no store of MLflow.
+    """
     tables = _schema(engine).tables
+    if not {name for name, _ in LOCATIONS} <= set(tables):
+        raise PipelineError(f"{engine.url.database} holds no store of MLflow. Nothing was copied")
     found: set[str] = set()
     with engine.connect() as connection:
         for name, column in LOCATIONS[:3]:
@@ -226,8 +239,17 @@ def upload(folder: Path, destination: str, below: str) -> tuple[int, int]:
 
     Returns:
         How many files, and bytes.
+
+    Raises:
+        PipelineError: the destination does not take them.
     """
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     if files:
-        repositories.get_artifact_repository(destination).log_artifacts(str(folder), below)
+        try:
+            repositories.get_artifact_repository(destination).log_artifacts(str(folder), below)
+        except Exception as error:  # each kind of destination has a library with errors of its own
+            shown = uris.without_password(destination)
+            raise PipelineError(
+                f"{shown} takes no artifacts ({store.first_line(error, destination)})"
+            ) from error
     return len(files), sum(path.stat().st_size for path in files)

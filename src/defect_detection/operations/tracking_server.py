@@ -1,5 +1,6 @@
 """A tracking server for a team: MLflow on PostgreSQL, which asks for a user and a password."""
 
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from defect_detection import PipelineError, StoreError, locks, uris
+from defect_detection import PipelineError, StoreError, locks, settings, uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.operations import postgres
 from defect_detection.operations.postgres import Cluster
@@ -100,6 +101,32 @@ class ServerPlan:
         return f"http://{f'[{here}]' if ':' in here else here}:{self.port}"
 
 
+def chosen(env: Mapping[str, str]) -> ServerPlan:
+    """Return how the server is run, by its variables.
+
+    Raises:
+        PipelineError: one has a value that it cannot have.
+    """
+    folder = settings.from_root(env.get("SERVER_PATH", ".server"))
+    port, database = env.get("SERVER_PORT", "5000"), env.get("SERVER_DATABASE", "")
+    artifacts = env.get("SERVER_ARTIFACTS", str(folder / "artifacts"))
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise PipelineError(f"SERVER_PORT is {port}, expected a number from 1 to 65535")
+    if database and not database.startswith("postgresql"):
+        raise PipelineError(
+            f"SERVER_DATABASE is {uris.without_password(database)}, expected such as "
+            f"postgresql://mlflow:secret@192.168.0.11/mlflow"
+        )
+    return ServerPlan(
+        folder=folder,
+        host=env.get("SERVER_HOST", "0.0.0.0"),
+        port=int(port),
+        names=tuple(env.get("SERVER_NAMES", "").replace(",", " ").split()),
+        database=database,
+        artifacts=artifacts if "://" in artifacts else str(settings.from_root(artifacts)),
+    )
+
+
 @contextmanager
 def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
     """Hold the folder of a server for the block; yield its secrets and the URI of its database.
@@ -135,6 +162,8 @@ def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], 
     with own(plan) as (known, database), (plan.folder / CHILD).open("a+") as held:
         _end_former(held)
         _require_port(plan)
+        if "://" not in plan.artifacts:
+            Path(plan.artifacts).mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_auth(plan.folder, database)
         child = subprocess.Popen(
             _command(plan),
@@ -210,16 +239,25 @@ def _write_auth(folder: Path, database: str) -> None:
         )
 
 
+def _hosts(plan: ServerPlan) -> list[str]:
+    """Return what the header Host may be, as patterns of `fnmatch`.
+
+    Names are this machine's and those that were given. A page of the internet whose name is made to
+    lead here (DNS rebinding) sends its own name, and never an address.
+    """
+    digit = "[0-9*]"  # without a * MLflow would not take it for a pattern
+    numbers = [digit * digits for digits in (1, 2, 3)]
+    addresses = [".".join(four) for four in itertools.product(numbers, repeat=4)] + ["[[]*]"]
+    own_names = {"localhost", socket.gethostname(), socket.getfqdn(), plan.host, *plan.names}
+    names = [name.lower() for name in sorted(own_names)]  # as clients send them
+    return [f"{host}{port}" for host in (*names, *addresses) for port in ("", ":*")]
+
+
 def _command(plan: ServerPlan) -> list[str]:
     """Return the call of MLflow; everything secret is in its variables, which nobody else sees."""
-    private = ["localhost*", "127.0.0.1*", "[::1]*", "10.*", "192.168.*"]
-    private += [f"172.{number}.*" for number in range(16, 32)]
-    own_names = {socket.gethostname(), socket.getfqdn(), plan.host, *plan.names}
-    hosts = [*private, *(f"{name}{port}" for name in sorted(own_names) for port in ("", ":*"))]
     return [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
         *("--host", plan.host, "--port", str(plan.port), "--serve-artifacts"),
-        *("--allowed-hosts", ",".join(hosts)),
         *("--uvicorn-opts", "--no-access-log --log-level warning"),
     ]
 
@@ -228,6 +266,7 @@ def _variables(plan: ServerPlan, known: Secrets, database: str) -> dict[str, str
     return {
         "MLFLOW_BACKEND_STORE_URI": postgres.with_driver(database),
         "MLFLOW_ARTIFACTS_DESTINATION": plan.artifacts,
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(_hosts(plan)),
         "MLFLOW_AUTH_CONFIG_PATH": str(plan.folder / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
         "MLFLOW_AUTH_ADMIN_PASSWORD": known.admin_password,
@@ -258,7 +297,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         try:
             os.killpg(child.pid, number)
             child.wait(seconds)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # macOS says the second of those that ended
             return
         except subprocess.TimeoutExpired:
             continue

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import mlflow
-
-from defect_detection import PipelineError, StoreError, locks, uris
+from defect_detection import PipelineError, StoreError, locks
 from defect_detection.atomic import replace_atomically
 from defect_detection.pipeline import journal, record, tell
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import Trained
+from defect_detection.registry import store
 from defect_detection.registry.store import first_line
 
 log = logging.getLogger(__name__)
@@ -49,13 +48,15 @@ class Training:
     Attributes:
         folder: where it is kept.
         purpose: what it is for.
-        store: URI of its tracking store, without the password.
+        store: name of its tracking store, as `uris.name` gives it.
         trained: the sets that were fitted, by the names of their runs' folders.
+        finished: whether all of it is where it belongs.
     """
 
     def __init__(self, folder: Path, purpose: Purpose, store: str, trained: dict[str, Trained]):
         """Describe a training that is kept in a folder."""
         self.folder, self.purpose, self.store, self.trained = folder, purpose, store, trained
+        self.finished = False
 
     @property
     def best(self) -> Trained:
@@ -80,10 +81,11 @@ class Training:
 
         Raises:
             StoreError: MLflow does not take it; it is kept.
+            PipelineError: the file cannot be written; what it says is kept.
         """
         for folder in sorted(path.parent for path in self.folder.glob(f"*/{journal.RUN}")):
             try:
-                self._know(folder.name, journal.deliver(folder))
+                journal.deliver(folder)
             except (*journal.NOT_TAKEN, PipelineError, ValueError, TypeError, KeyError) as error:
                 lost = "" if self.purpose.best_file else ", but does not evaluate it"
                 raise StoreError(
@@ -91,13 +93,27 @@ class Training:
                     f"'{self.purpose.sync}' delivers it{lost}. If nobody needs it, delete "
                     f"{self.folder}"
                 ) from error
-        if not self.purpose.best_file or len(self.trained) < self.purpose.sets:
+        for file in self.folder.glob(f"*/{journal.DELIVERED}"):
+            self._know(file.parent.name, RunInfo.read(file.parent, file.name))
+        if not self._names_best:
+            self.finished = True
             return ""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         of, digest = self.best, self.purpose.data_digest
         best = BestModel(of.run_id, of.model_uri, of.val_accuracy, digest, now)
         best.write(Path(self.purpose.best_file))
+        self.finished = True
         return f"{of.name}, written to {self.purpose.best_file}"
+
+    @property
+    def _names_best(self) -> bool:
+        return bool(self.purpose.best_file) and len(self.trained) == self.purpose.sets
+
+    def delete_if_done(self) -> None:
+        """Delete what is kept unless MLflow lacks a run, or the file that names the best model."""
+        lacking = any(self.folder.glob(f"*/{journal.RUN}"))
+        if not lacking and (self.finished or not self._names_best):
+            shutil.rmtree(self.folder)
 
     def _know(self, name: str, info: RunInfo) -> None:
         """Note what MLflow has of a run."""
@@ -115,16 +131,16 @@ class Training:
 
 @contextmanager
 def training(cache: Path, purpose: Purpose) -> Iterator[Training]:
-    """Keep a training below `cache`; delete it after the block if the connected store has it."""
+    """Keep a training below `cache`; delete it after the block if nothing is left to do."""
     name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    made = Training(cache / FOLDER / name, purpose, _connected_store(), {})
+    made = Training(cache / FOLDER / name, purpose, store.connected_name(), {})
     made.folder.mkdir(parents=True)
     with locks.held(made.folder / LOCK, make=True):
         made._write()
         try:
             yield made
         finally:
-            _delete_if_delivered(made.folder)
+            made.delete_if_done()
 
 
 def deliver_all(cache: Path, strict: bool = False) -> None:
@@ -138,47 +154,45 @@ def deliver_all(cache: Path, strict: bool = False) -> None:
         strict: whether what MLflow does not take is an error; all others are delivered before.
 
     Raises:
-        StoreError: MLflow does not take something, and `strict` is set.
+        PipelineError: MLflow does not take something, or a file cannot be written, and `strict` is
+            set.
     """
     failed = None
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
         # Another process may have just delivered and deleted the folder.
         with locks.held(folder / LOCK, make=True) as free:
             former = _read(folder) if free else None
-            if former is None or former.store != _connected_store():
+            if former is None or former.store != store.connected_name():
                 continue
             try:
                 best = former.finish()
-            except StoreError as error:
+            except PipelineError as error:
                 log.warning("%s", error)
                 failed = error
             else:
-                _delete_if_delivered(folder)
+                former.delete_if_done()
                 if former.trained:
                     tell.delivered([one.name for one in former.trained.values()], best)
     if strict and failed is not None:
         raise failed
 
 
-def move(cache: Path, store: tuple[str, str], best_file: str) -> None:
-    """Let the trainings that are kept below `cache` be for a store of another URI.
+def move(cache: Path, before: str, after: str, best_file: str) -> None:
+    """Let the trainings that are kept below `cache` be for another store.
 
     Args:
         cache: as for `training`.
-        store: URI before and after, without passwords.
+        before: name of the store that they were for, as `uris.name` gives it.
+        after: name of the other store.
         best_file: the file that names the best model from now on.
     """
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
         found = _read(folder)
-        if found is not None and found.store == store[0]:
+        if found is not None and found.store == before:
             purpose = found.purpose
             if purpose.best_file:
                 purpose = replace(purpose, best_file=best_file)
-            Training(folder, purpose, store[1], found.trained)._write()
-
-
-def _connected_store() -> str:
-    return uris.without_password(mlflow.get_tracking_uri())
+            Training(folder, purpose, after, found.trained)._write()
 
 
 def _read(folder: Path) -> Training | None:
@@ -189,8 +203,3 @@ def _read(folder: Path) -> Training | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be read (%s). Delete it", folder / TRAINING, error)
         return None
-
-
-def _delete_if_delivered(folder: Path) -> None:
-    if not any(folder.glob(f"*/{journal.RUN}")):
-        shutil.rmtree(folder)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 NOT_TAKEN = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
 RUN, ENTRIES, FILES, MODEL = "run.json", "entries.jsonl", "files", "model"
+DELIVERED = "delivered.json"  # what `RUN` becomes when MLflow has all of the run
 KERAS, EXAMPLE = "model.keras", "example"
 
 
@@ -62,9 +63,9 @@ class RunInfo:
             temporary.write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, folder: Path) -> "RunInfo":
+    def read(cls, folder: Path, name: str = RUN) -> "RunInfo":
         """Read what `write` wrote."""
-        return cls(**json.loads((folder / RUN).read_text()))
+        return cls(**json.loads((folder / name).read_text()))
 
 
 class Journal:
@@ -73,7 +74,7 @@ class Journal:
     Has the calls of `mlflow` by which a training is recorded.
 
     Attributes:
-        folder: of the run; deleted when MLflow has all of it.
+        folder: of the run; nothing but `DELIVERED` is left there when MLflow has all of it.
         info: what MLflow has of the run.
     """
 
@@ -173,15 +174,24 @@ class Journal:
 
 
 def deliver(folder: Path) -> RunInfo:
-    """Send a run to MLflow; delete its folder when MLflow has all of it.
+    """Send a run to MLflow; delete what is kept of it when MLflow has all of it.
 
-    What MLflow has already is sent again, which changes nothing; the model is not.
+    What MLflow has already is sent again, which changes nothing; the model is not. A run that has
+    finished lacks nothing: what is kept of it may be older, from a backup.
 
     Raises:
         MlflowException, SQLAlchemyError, OSError: MLflow does not take it; it is kept.
         ValueError, TypeError, KeyError: the files are damaged.
     """
-    info = _start(_found(RunInfo.read(folder)))
+    _require_answer()
+    info = _found(RunInfo.read(folder))
+    if info.run_id and mlflow.get_run(info.run_id).info.status == "FINISHED":
+        uri = info.model_uri or saved_model.logged_by(info.run_id)
+        info = replace(info, model_uri=uri)
+        info.write(folder)
+        _delete(folder)
+        return info
+    info = _start(info)
     try:
         info.write(folder)
         entries = list(_entries(folder))
@@ -203,8 +213,10 @@ def deliver(folder: Path) -> RunInfo:
 
 
 def _delete(folder: Path) -> None:
-    (folder / RUN).unlink()  # first, since it makes a folder that of a run
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / RUN).rename(folder / DELIVERED)  # first, since it makes a folder that of a run
+    (folder / ENTRIES).unlink(missing_ok=True)
+    for name in (FILES, MODEL):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _send_model(kept: Path) -> str:
@@ -225,9 +237,13 @@ def _leave_run() -> None:
         MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(before)
 
 
-def _start(info: RunInfo) -> RunInfo:
+def _require_answer() -> None:
     if uris.is_server(mlflow.get_tracking_uri()):
         store.require_server(mlflow.get_tracking_uri())  # MLflow would try for half a minute
+
+
+def _start(info: RunInfo) -> RunInfo:
+    _require_answer()
     if info.run_id:
         mlflow.start_run(run_id=info.run_id)
         return info

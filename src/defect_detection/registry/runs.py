@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from defect_detection import StoreError, locks, uris
+from defect_detection import StoreError, locks
 from defect_detection.registry import store, versions
 from defect_detection.registry.store import first_line
 
@@ -39,7 +39,7 @@ class _Claim:
     """A run that a process has opened, or is going to.
 
     Attributes:
-        store: URI of the tracking store, without the password.
+        store: name of the tracking store, as `uris.name` gives it.
         experiment_id: of the run; "" if the run is known by its id.
         run_id: "" if the run is known by the tag `CLAIM`.
     """
@@ -77,7 +77,8 @@ def opened(experiment_id: str, name: str, tags: Mapping[str, str], after: int = 
     """
     token, active = uuid.uuid4().hex, mlflow.active_run()
     tags = {**tags, CLAIM: token} | ({MLFLOW_PARENT_RUN_ID: active.info.run_id} if active else {})
-    with store.patience(), _claimed(token, _Claim(_store(), experiment_id=experiment_id)):
+    claim = _Claim(store.connected_name(), experiment_id=experiment_id)
+    with store.patience(), _claimed(token, claim):
         made = MlflowClient().create_run(
             experiment_id,
             start_time=max(after, int(time.time() * 1000)),
@@ -91,7 +92,8 @@ def opened(experiment_id: str, name: str, tags: Mapping[str, str], after: int = 
 @contextmanager
 def reopened(run_id: str) -> Iterator[Run]:
     """Open a run that had ended again, for the block."""
-    with store.patience(), _claimed(uuid.uuid4().hex, _Claim(_store(), run_id=run_id)):
+    claim = _Claim(store.connected_name(), run_id=run_id)
+    with store.patience(), _claimed(uuid.uuid4().hex, claim):
         with mlflow.start_run(run_id=run_id) as run:
             yield run
 
@@ -136,7 +138,7 @@ def _heal(folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         with locks.held(file) as free:
             claim = _read(file) if free else None
-            if claim is None or claim.store != _store():
+            if claim is None or claim.store != store.connected_name():
                 continue
             try:
                 _end(_find(file.stem, claim))
@@ -146,6 +148,21 @@ def _heal(folder: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
+def end_all() -> None:
+    """End all open runs of the connected store, and delete all half registered versions.
+
+    For a store in which nobody works yet, such as one that was just restored.
+    """
+    wanted = "attributes.status = 'RUNNING'"
+    while found := mlflow.search_runs(
+        search_all_experiments=True, filter_string=wanted, output_format="list"
+    ):
+        for run in found:
+            MlflowClient().set_terminated(run.info.run_id, "KILLED")
+            log.warning("The run %s was open. It is ended", run.info.run_name)
+    _delete(versions.half_registered())
+
+
 def _end(run: Run | None) -> None:
     if run is None:
         return
@@ -153,7 +170,11 @@ def _end(run: Run | None) -> None:
         MlflowClient().set_terminated(run.info.run_id, "KILLED")
         name = run.info.run_name
         log.warning("The run %s of a process that was killed was still open. It is ended", name)
-    for version in versions.half_registered(run.info.run_id):
+    _delete(versions.half_registered(run.info.run_id))
+
+
+def _delete(half: Iterable[versions.Version]) -> None:
+    for version in half:
         versions.delete(version)
         log.warning("%s is deleted: its evaluation did not end", version.uri)
 
@@ -164,7 +185,3 @@ def _read(file: Path) -> _Claim | None:
     except (OSError, ValueError, TypeError) as error:
         log.warning("%s cannot be read (%s). Delete it", file, error)
         return None
-
-
-def _store() -> str:
-    return uris.without_password(mlflow.get_tracking_uri())

@@ -49,9 +49,9 @@ def _wait_for_writers(connection: object, *_: object) -> None:
 
 @contextmanager
 def patience(seconds: float = LOCKED_SECONDS) -> Iterator[None]:
-    """Wait longer for other writers of a sqlite store in the block: what it writes is kept nowhere.
+    """Wait longer for other writers of a sqlite store in the block.
 
-    A training waits less, since it goes on without MLflow.
+    A training waits less, since what it writes is also kept on disk and can be delivered later.
     """
     global _patience
     before, _patience = _patience, seconds
@@ -95,6 +95,11 @@ def connected(uri: str, seconds: float = CONNECT_SECONDS, create: bool = False) 
         if files is None or not str(error.filename).startswith(str(files)):
             raise
         raise StoreError(_explain(error, uri)) from error
+
+
+def connected_name() -> str:
+    """Return the name of the connected store, as `uris.name` gives it."""
+    return uris.name(mlflow.get_tracking_uri())
 
 
 def require_server(uri: str, seconds: float = CONNECT_SECONDS) -> None:

@@ -220,9 +220,10 @@ def _search(wanted: str) -> Iterator[ModelVersion]:
             return
 
 
-def half_registered(evaluation: str) -> list[Version]:
-    """Return the versions that an evaluation registered and did not end, by the id of its run."""
-    found = map(_read, _search(f"tags.`{EVALUATED_BY}` = '{evaluation}'"))
+def half_registered(evaluation: str = "") -> list[Version]:
+    """Return the versions of evaluations that did not end: of one, by the id of its run, or all."""
+    of_one = f"tags.`{EVALUATED_BY}` = '{evaluation}'"
+    found = map(_read, _search(of_one if evaluation else f"tags.{RELEASED} = 'false'"))
     return [one for one in found if not one.released and one.why_not_released in ("", UNFINISHED)]
 
 
