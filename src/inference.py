@@ -104,10 +104,11 @@ def judge_on_cluster(options: Namespace, stack: ExitStack) -> int:
         production = ask_registry(options)
         stack.callback(production.close)
         model, folder = NamedModel.in_production(production), production.current().folder
-    with cluster.connected(options.ray, keys_of_buckets(options)):
+    with cluster.connected(options.ray):
         from defect_detection.inference import on_ray
 
-        counts = on_ray.judge_all(options.pictures, model, Path(folder), options.parquet)
+        keys = keys_of_buckets(options)
+        counts = on_ray.judge_all(options.pictures, model, Path(folder), options.parquet, keys)
     print(said(counts, "have a row"))
     broken = f"their rows in {options.parquet} say why" if counts["error"] else ""
     return conclude(options, counts, Counter(), broken)

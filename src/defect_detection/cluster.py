@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from defect_detection.names import first_line
 
 PACKAGE = Path(__file__).resolve().parent  # is sent to the workers; their packages are their own
 ANSWER_WITHIN = 10  # seconds
-TRIES = 3  # since Ray and gRPC fork badly now and then
+ATTEMPTS = 3  # since Ray and gRPC fork badly now and then
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # plants may have no internet
 # What matters comes as an exception.
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
@@ -20,13 +20,12 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 @contextmanager
-def connected(address: str, variables: Mapping[str, str] | None = None) -> Iterator[None]:
+def connected(address: str) -> Iterator[None]:
     """Connect to a cluster for the block.
 
     Args:
         address: "auto" for the one of this machine, "host:6379" on one of its machines,
             "ray://host:10001" from elsewhere, "local" for one that lasts as long as the block.
-        variables: of the environment of this process and of the workers.
 
     Raises:
         PipelineError: Ray is not installed, the cluster cannot be reached, or a task failed.
@@ -37,12 +36,16 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
         raise PipelineError(
             "Ray is not installed. Run 'pip install -r requirements-ray.txt'"
         ) from error
-    for name, value in (variables or {}).items():
-        os.environ.setdefault(name, value)
     try:
         _require_answer(address)
-        _begin(address, dict(variables or {}))
+        _begin(address)
     except (OSError, OverflowError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if "ersion mismatch" in str(error):
+            which = " ".join(str(error).split())
+            raise PipelineError(
+                f"The Ray cluster at {address} has other versions ({which}). Install the same "
+                f"Python and the same packages everywhere"
+            ) from error
         raise PipelineError(
             f"There is no Ray cluster at {address} ({first_line(error)}). Start one with 'ray "
             f"start --head'. One with a token needs RAY_AUTH_MODE=token and ~/.ray/auth_token here"
@@ -61,14 +64,14 @@ def connected(address: str, variables: Mapping[str, str] | None = None) -> Itera
         ray.shutdown()
 
 
-def _begin(address: str, variables: dict[str, str]) -> None:
+def _begin(address: str) -> None:
     import ray
 
-    for again in reversed(range(TRIES)):
+    for again in reversed(range(ATTEMPTS)):
         try:
             ray.init(
                 address=address,
-                runtime_env={"py_modules": [str(PACKAGE)], "env_vars": variables},
+                runtime_env={"py_modules": [str(PACKAGE)]},
                 log_to_driver=False,
                 logging_level="ERROR",
             )
@@ -87,8 +90,9 @@ def _require_answer(address: str) -> None:
 
 
 def cores() -> list[int]:
-    """Return the cores of each machine of the connected cluster."""
+    """Return the cores of each machine of the connected cluster that has some to give."""
     import ray
 
     found: list[dict[str, Any]] = ray.nodes()
-    return [int(one["Resources"].get("CPU", 0)) for one in found if one["Alive"]]
+    every = [int(one["Resources"].get("CPU", 0)) for one in found if one["Alive"]]
+    return [cores for cores in every if cores]

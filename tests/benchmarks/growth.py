@@ -135,9 +135,11 @@ def measure(folder: Path, call: list[str]) -> Cost:
     config["paths"].update(paths)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     options = ["--config", str(folder / "config.yaml")]
-    options += (
-        [str(folder / "data")] if "inference" in call[0] else ["--data", str(folder / "data")]
-    )
+    if "inference" in call[0]:  # with the model of `train`, released or not
+        (model,) = (folder / "mlruns" / "models").glob("*/artifacts")
+        options += ["--model", str(model), str(folder / "data")]
+    else:
+        options += ["--data", str(folder / "data")]
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / call[0]), *call[1:], *options],

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import pyarrow
 import pytest
 from mlflow.entities import Run
 from pyarrow import parquet
 
 from conftest import SETS, Project, draw_folders, free_port, wait_for, within
-from defect_detection import PipelineError, cluster
+from defect_detection import PipelineError, cluster, locks
 from defect_detection.registry import store
 from plant import FAULTS, figures
 
@@ -93,7 +94,8 @@ def test_sets_give_the_same_figures_on_a_cluster(training: Project, addresses: t
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
-    found = parquet.read_table(folder).to_pylist()
+    files = list(map(str, folder.glob("verdicts-*.parquet")))
+    found = pyarrow.concat_tables(map(parquet.read_table, files)).to_pylist()
     assert len({row["path"] for row in found}) == len(found)
     return {row["path"]: row for row in found}
 
@@ -105,27 +107,48 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
     images = draw_folders(tmp_path / "images", train=30, test=3)
     (images / "broken.jpeg").write_bytes(b"no image")
     (images / "notes.txt").write_text("no image either")
-    call = ["src/inference.py", images, "--model", model_folder]
-    project.fail(*call, "--jsonl", tmp_path / "rows.jsonl")
+    os.mkfifo(images / "pipe.jpeg")
+    (images / "lost.jpeg").symlink_to(images / "nowhere.jpeg")
+    call = ["src/inference.py", images, images / "train", "--model", model_folder]
+    project.fail(
+        "src/inference.py", images, "--model", model_folder, "--jsonl", tmp_path / "rows.jsonl"
+    )
     here = {row["path"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").open())}
     out = tmp_path / "rows"
+    out.mkdir()
+    foreign = out / "foreign.parquet"
+    parquet.write_table(pyarrow.table({"casting": [1]}), foreign)
+    (out / "torn.parquet").write_bytes(foreign.read_bytes()[:-9])
+    before = [file.read_bytes() for file in sorted(out.iterdir())]
     said = project.fail(*call, "--ray", address, "--parquet", out)
-    assert "1 of 67 images cannot be read" in said
+    assert "3 of 69 images cannot be read" in said
     assert rows_of(out) == here
 
-    (images / "broken.jpeg").unlink()
-    torn = out / "torn.parquet"
-    torn.write_bytes(next(out.glob("*.parquet")).read_bytes()[:-9])
+    for name in ("broken.jpeg", "pipe.jpeg", "lost.jpeg"):
+        (images / name).unlink()
+    torn = out / "verdicts-torn.parquet"
+    torn.write_bytes(next(out.glob("verdicts-*.parquet")).read_bytes()[:-9])
     some = next(images.rglob("part_000.jpeg"))
     new = Path(shutil.copy(some, images / "new.jpeg"))
     done = project.run(*call, "--ray", from_elsewhere, "--parquet", out)
     assert done.returncode == 0, done.stderr
-    assert "torn.parquet was not written completely" in done.stderr
+    assert "verdicts-torn.parquet was not written completely" in done.stderr
     assert "66 of 67 images have a row" in done.stderr
     after = rows_of(out)
     assert after.pop(str(new))["verdict"] == here[str(some)]["verdict"]
-    assert after == {path: row for path, row in here.items() if row["verdict"] != "error"}
+    assert after == here  # what is in no folder of this call keeps its row
     assert not torn.exists()
+    left = [out / "foreign.parquet", out / "torn.parquet"]
+    assert [file.read_bytes() for file in left] == before
+
+    # A row with an error is replaced by the row of a later call, and only then.
+    shutil.copy(some, images / "broken.jpeg")
+    with locks.held(out / ".lock", make=True):
+        said = project.fail(*call, "--ray", address, "--parquet", out)
+        assert "Another call writes into" in said
+        assert rows_of(out)[str(images / "broken.jpeg")]["verdict"] == "error"
+    project.succeed(*call, "--ray", address, "--parquet", out)
+    assert rows_of(out)[str(images / "broken.jpeg")]["verdict"] == here[str(some)]["verdict"]
 
 
 @contextlib.contextmanager
@@ -197,6 +220,11 @@ def test_images_and_rows_in_a_bucket(
     said = project.succeed(*call, *where, **keys)
     assert "10 images have a row" in said
     assert "10 of 10 images have a row" in project.run(*call, *where, **keys).stderr
+    # Ray writes the environment of its workers into logs that all users of a machine can read.
+    logs = [one for one in Path("/tmp/ray/session_latest/logs").rglob("*") if one.is_file()]
+    assert any("runtime_env" in one.read_text(errors="replace") for one in logs)
+    secret = keys["AWS_SECRET_ACCESS_KEY"]
+    assert not [one for one in logs if secret in one.read_text(errors="replace")]
     done = s3.list_objects(Bucket="castings", Prefix="rows/")["Contents"]
     assert {one["Key"].rpartition(".")[2] for one in done} <= {"rows/", "parquet"}
     refused = project.fail(*call, "s3://castings/nothing", *where[1:], **keys)

@@ -5,27 +5,34 @@ Each file is written when its images are judged, so that an interrupted run is r
 
 import logging
 import math
+import os
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow
 import ray
-from pyarrow import compute, fs, parquet
+from pyarrow import fs, parquet
+from ray.data.datasource import FilenameProvider
 
-from defect_detection import PipelineError, cluster
+from defect_detection import PipelineError, cluster, locks
 from defect_detection.inference.judge import CHUNK, Item, NamedModel, judge
 from defect_detection.inference.rows import Row
-from defect_detection.inference.sources import names_image, reason, unreadable
+from defect_detection.inference.sources import names_image, reason, unreadable, walk
 from defect_detection.names import first_line
 from defect_detection.runtime.preprocessing import MOST_BYTES, UnreadableImage
 
 log = logging.getLogger(__name__)
 
 FILE_OF = 256  # images, whose rows become a file
+PREFIX = "verdicts-"  # of the names of the files; no others are touched
+LOCK = ".lock"
 SCHEMA = pyarrow.schema(
     [
         ("path", pyarrow.string()),
@@ -45,64 +52,148 @@ class Place:
     Attributes:
         uri: as it was named.
         path: in its file system.
+        system: its file system, None for this machine's.
     """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, keys: Mapping[str, str]):
         """Name a folder, or a bucket and a prefix as s3://bucket/prefix.
 
+        Args:
+            uri: of the folder.
+            keys: variables AWS_… by which buckets are reached; without, each machine has its own.
+
         Raises:
-            PipelineError: no file system has such URIs.
+            PipelineError: no file system has such URIs, or the bucket is not reached.
         """
         self.uri = uri
-        try:
-            self.system, self.path = _opened(uri)
-        except (pyarrow.ArrowInvalid, ValueError) as error:
-            raise PipelineError(f"{uri} is no folder and no s3://bucket/prefix") from error
+        self.system: fs.FileSystem | None = None
+        scheme, separator, rest = uri.partition("://")
+        if not separator:
+            self.path = os.path.abspath(uri)
+            return
+        bucket, _, prefix = rest.partition("/")
+        if scheme != "s3" or not bucket:
+            raise PipelineError(f"{uri} is no folder and no s3://bucket/prefix")
+        self.path = f"{bucket}/{prefix}".rstrip("/")
+        with self.reached("cannot be reached"):
+            self.system = fs.S3FileSystem(**_access(bucket, keys))
 
-    def files(self) -> Iterator[str]:
-        """Yield the paths of the files in the folder and below it, but for hidden ones.
+    @contextmanager
+    def reached(self, what: str) -> Iterator[None]:
+        """Turn errors of the block into a PipelineError that begins with the URI and `what`."""
+        try:
+            yield
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise PipelineError(f"{self.uri} {what} ({first_line(error)})") from error
+
+    def files(self) -> list[fs.FileInfo]:
+        """Return the files in the folder and below it, sorted, but for hidden ones.
 
         Raises:
             PipelineError: it cannot be listed.
         """
-        try:
-            found = self.system.get_file_info(fs.FileSelector(self.path, recursive=True))
-        except OSError as error:
-            raise PipelineError(f"{self.uri} cannot be listed ({first_line(error)})") from error
-        for one in sorted(found, key=lambda info: info.path):
-            below = posixpath.relpath(one.path, self.path)
-            if one.is_file and not any(part.startswith(".") for part in below.split("/")):
-                yield one.path
+        with self.reached("cannot be listed"):
+            system, selector = self.opened, fs.FileSelector(self.path, recursive=True)
+            found = sorted(system.get_file_info(selector), key=lambda info: info.path)
+        return [one for one in found if one.is_file and not self._is_hidden(one.path)]
 
-    def named(self, path: str) -> str:
-        """Return the path of a file as a row names it, as the folder was named."""
-        return posixpath.join(self.uri.rstrip("/"), posixpath.relpath(path, self.path))
+    def _is_hidden(self, path: str) -> bool:
+        return any(part.startswith(".") for part in self._below(path).split("/"))
+
+    @property
+    def opened(self) -> fs.FileSystem:
+        """Its file system."""
+        return self.system or fs.LocalFileSystem()
+
+    def images(self) -> dict[str, str]:
+        """Return the paths of the images in the folder by their names in rows.
+
+        What cannot be searched is among them, so that a row says why.
+
+        Raises:
+            PipelineError: it holds none, or cannot be listed.
+        """
+        if self.system is None:
+            if not os.path.isdir(self.uri):
+                raise PipelineError(f"{self.uri} is no folder")
+            failed: list[str] = []
+            found = [*walk(self.uri, lambda path, _: failed.append(path)), *failed]
+            named = {path: os.path.abspath(path) for path in found}
+        else:
+            paths = [one.path for one in self.files() if names_image(one.path)]
+            named = {posixpath.join(self.uri.rstrip("/"), self._below(one)): one for one in paths}
+        if not named:
+            raise PipelineError(f"{self.uri} holds no images")
+        return named
+
+    def _below(self, path: str) -> str:
+        return posixpath.relpath(path, self.path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make a folder of this machine, and keep other calls from writing there in the block.
+
+        In a bucket nobody sees a file before it is complete, so that nothing can be spoiled.
+
+        Raises:
+            PipelineError: another call writes there, or the folder cannot be made.
+        """
+        if self.system is not None:
+            yield
+            return
+        with self.reached("cannot be written"):
+            os.makedirs(self.path, exist_ok=True)
+        with locks.held(Path(self.path) / LOCK, make=True) as free:
+            if not free:
+                raise PipelineError(f"Another call writes into {self.uri}. Wait until it has ended")
+            yield
 
 
-def _opened(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).resolve())
-    scheme, _, rest = uri.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
-        raise ValueError(uri)
-    # Only the bucket is a URI to Arrow: a prefix may hold spaces and what is to be escaped.
-    system, path = fs.FileSystem.from_uri(f"s3://{bucket}")
-    return system, f"{path}/{prefix}".rstrip("/")
+def _access(bucket: str, keys: Mapping[str, str]) -> dict[str, str | None]:
+    """Return how a bucket is reached: the keys go to the workers, but into no log."""
+    endpoint = urlsplit(keys.get("AWS_ENDPOINT_URL_S3", keys.get("AWS_ENDPOINT_URL", "")))
+    region = keys.get("AWS_REGION", keys.get("AWS_DEFAULT_REGION"))
+    found = {
+        "access_key": keys.get("AWS_ACCESS_KEY_ID"),
+        "secret_key": keys.get("AWS_SECRET_ACCESS_KEY"),
+        "session_token": keys.get("AWS_SESSION_TOKEN"),
+    }
+    if endpoint.netloc:
+        return found | {
+            "endpoint_override": endpoint.netloc,
+            "scheme": endpoint.scheme,
+            "region": region or "us-east-1",
+        }
+    return found | {"region": region or fs.resolve_s3_region(bucket)}
+
+
+class _Names(FilenameProvider):  # type: ignore[misc]
+    """Names of files by which those of this project are known."""
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"{PREFIX}{write_uuid}-{task_index:06}.parquet"
 
 
 class Judging:
     """What a process of the cluster does: it judges images with a model of its own."""
 
-    def __init__(self, name: str, files: dict[str, bytes]):
-        """Load a model by its name in the rows and the contents of its files."""
+    def __init__(
+        self, name: str, files: dict[str, bytes], systems: Mapping[str, fs.FileSystem | None]
+    ):
+        """Load a model.
+
+        Args:
+            name: of the model in the rows.
+            files: contents of its files.
+            systems: file systems of the folders, by their URIs.
+        """
         with tempfile.TemporaryDirectory() as folder:
             for path, content in files.items():
                 target = Path(folder) / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
             self._model = NamedModel.load(name, folder)
-        self._systems: dict[str, fs.FileSystem] = {}
+        self._systems = systems
 
     def __call__(self, images: pyarrow.Table) -> pyarrow.Table:
         """Judge images by the URI of their folder, their path and their name; return rows."""
@@ -116,13 +207,14 @@ class Judging:
             rows += [asdict(one.row) for one in judge(self._model, items)]
         return pyarrow.Table.from_pylist(rows, SCHEMA)
 
-    def _read(self, folder: str, file: str) -> bytes | UnreadableImage:
+    def _read(self, folder: str, file: str) -> bytes | Path | UnreadableImage:
         if (other := unreadable(file)) is not None:
             return other
-        if folder not in self._systems:
-            self._systems[folder] = _opened(folder)[0]
+        system = self._systems[folder]
+        if system is None:
+            return Path(file)
         try:
-            with self._systems[folder].open_input_stream(file) as stream:
+            with system.open_input_stream(file) as stream:
                 content: bytes = stream.read(MOST_BYTES + 1)
         except OSError as error:
             return reason(error)
@@ -131,7 +223,9 @@ class Judging:
         return content
 
 
-def judge_all(named: Sequence[str], model: NamedModel, folder: Path, out: str) -> Counter[str]:
+def judge_all(
+    named: Sequence[str], model: NamedModel, folder: Path, out: str, keys: Mapping[str, str]
+) -> Counter[str]:
     """Judge the images of folders on the connected cluster.
 
     Args:
@@ -140,6 +234,7 @@ def judge_all(named: Sequence[str], model: NamedModel, folder: Path, out: str) -
         folder: of its files on this machine.
         out: folder or URI of the Parquet files; images that it has a row for, and no error, are
             not judged again.
+        keys: variables AWS_… by which buckets are reached.
 
     Returns:
         How many images have which verdict, with those of former runs.
@@ -147,52 +242,51 @@ def judge_all(named: Sequence[str], model: NamedModel, folder: Path, out: str) -
     Raises:
         PipelineError: a folder holds no images, or cannot be read or written.
     """
-    target = Place(out)
-    images = [
-        {"folder": place.uri, "file": file, "path": place.named(file)}
-        for place in map(Place, named)
-        for file in _images(place)
-    ]
-    known = _kept(target)
-    wanted = [one for one in images if known.get(one["path"], "error") == "error"]
-    if "error" in known.values():
-        _forget_errors(target)
-    if len(wanted) < len(images):
-        log.info("%d of %d images have a row", len(images) - len(wanted), len(images))
-    if wanted:
-        contents = {
-            str(file.relative_to(folder)): file.read_bytes()
-            for file in folder.rglob("*")
-            if file.is_file()
-        }
-        if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
-            within = ray.remote(_run).options(num_cpus=0, max_retries=0)
-            ray.get(within.remote(wanted, model.name, contents, target))
-        else:
-            _run(wanted, model.name, contents, target)
-    verdicts = _kept(target)
-    lacking = [one["path"] for one in images if one["path"] not in verdicts]
+    target, places = Place(out, keys), [Place(one, keys) for one in named]
+    images = {
+        name: {"folder": place.uri, "file": file, "path": name}
+        for place in places
+        for name, file in place.images().items()
+    }
+    with target.held():
+        known = _verdicts(target)
+        wanted = [one for name, one in images.items() if known.get(name, "error") == "error"]
+        if len(wanted) < len(images):
+            log.info("%d of %d images have a row", len(images) - len(wanted), len(images))
+        if wanted:
+            contents = {
+                str(file.relative_to(folder)): file.read_bytes()
+                for file in folder.rglob("*")
+                if file.is_file()
+            }
+            systems = {place.uri: place.system for place in places}
+            what = wanted, (model.name, contents, systems), target
+            if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
+                within = ray.remote(_run).options(num_cpus=0, max_retries=0)
+                ray.get(within.remote(*what))
+            else:
+                _run(*what)
+        verdicts = _verdicts(target)
+    lacking = [name for name in images if name not in verdicts]
     if lacking:
         raise PipelineError(f"{len(lacking)} images have no row ({lacking[0]}). Run this again")
-    return Counter(verdicts[one["path"]] for one in images)
+    return Counter(verdicts[name] for name in images)
 
 
-def _images(place: Place) -> list[str]:
-    found = list(filter(names_image, place.files()))
-    if not found:
-        raise PipelineError(f"{place.uri} holds no images")
-    return found
+def _run(images: list[dict[str, str]], model: tuple[Any, ...], target: Place) -> None:
+    """Judge images.
 
-
-def _run(
-    images: list[dict[str, str]], name: str, contents: dict[str, bytes], target: Place
-) -> None:
+    Args:
+        images: by URI of the folder, path and name.
+        model: the arguments of `Judging`.
+        target: of the rows.
+    """
     parts = math.ceil(len(images) / FILE_OF)
     workers = max(1, min(sum(cluster.cores()), parts))
     ray.data.DataContext.get_current().enable_progress_bars = False
     judged = ray.data.from_items(images, override_num_blocks=parts).map_batches(
         Judging,
-        fn_constructor_args=(name, contents),
+        fn_constructor_args=model,
         batch_size=FILE_OF,
         batch_format="pyarrow",
         num_cpus=1,
@@ -200,32 +294,69 @@ def _run(
     )
     # Writing takes no core of its own: all have a model.
     judged.write_parquet(
-        target.path, filesystem=target.system, ray_remote_args={"num_cpus": 0}, mode="append"
+        target.path,
+        filesystem=target.opened,
+        filename_provider=_Names(),
+        ray_remote_args={"num_cpus": 0},
+        mode="append",
     )
 
 
-def _kept(target: Place) -> dict[str, str]:
-    """Return the verdicts of former runs by the images' paths; torn files are deleted."""
-    found: dict[str, str] = {}
-    if target.system.get_file_info(target.path).type == fs.FileType.NotFound:
-        return found
-    for file in [one for one in target.files() if one.endswith(".parquet")]:
+@dataclass(frozen=True, order=True)
+class _Kept:
+    """A row; of several of one image the largest is the valid one."""
+
+    is_judged: bool
+    written: float
+    file: str
+    verdict: str
+
+
+def _verdicts(target: Place) -> dict[str, str]:
+    """Return the verdicts of the rows by the images' names.
+
+    Files that were not written completely are deleted, and rows that another one replaces.
+    """
+    valid: dict[str, _Kept] = {}
+    outdated: set[str] = set()
+    if target.opened.get_file_info(target.path).type == fs.FileType.NotFound:
+        return {}
+    for info in target.files():
+        if not info.base_name.startswith(PREFIX):
+            continue
+        written = info.mtime.timestamp() if info.mtime is not None else 0.0
+        for name, verdict in _rows(target, info.path):
+            row = _Kept(verdict != "error", written, info.path, verdict)
+            former = valid.setdefault(name, row)
+            valid[name] = max(former, row)
+            outdated |= {min(former, row).file} if former is not row else set()
+    for file in sorted(outdated):
+        _rewrite(target, file, {name for name, row in valid.items() if row.file == file})
+    return {name: row.verdict for name, row in valid.items()}
+
+
+def _rows(target: Place, file: str) -> list[tuple[str, str]]:
+    """Return names and verdicts of a file; none if it was not written completely."""
+    with target.reached("cannot be read"):
         try:
-            rows = parquet.read_table(file, columns=["path", "verdict"], filesystem=target.system)
-        except (pyarrow.ArrowInvalid, OSError):
-            log.warning("%s was not written completely, and is deleted", target.named(file))
-            target.system.delete_file(file)
-        else:
-            found |= zip(*(column.to_pylist() for column in rows.columns), strict=True)
-    return found
+            opened = parquet.ParquetFile(file, filesystem=target.opened)
+        except pyarrow.ArrowInvalid:
+            log.warning("%s was not written completely, and is deleted", file)
+            target.opened.delete_file(file)
+            return []
+        with opened:
+            rows = opened.read(["path", "verdict"])
+    return list(zip(*(rows[name].to_pylist() for name in ("path", "verdict")), strict=True))
 
 
-def _forget_errors(target: Place) -> None:
-    """Delete the rows of images that could not be read, since these are judged again."""
-    for file in [one for one in target.files() if one.endswith(".parquet")]:
-        rows = parquet.read_table(file, filesystem=target.system)
-        good = rows.filter(compute.not_equal(rows["verdict"], "error"))
-        if len(good) < len(rows):
+def _rewrite(target: Place, file: str, names: set[str]) -> None:
+    """Leave the rows of some images in a file only."""
+    with target.reached("cannot be written"):
+        rows = parquet.read_table(file, filesystem=target.opened)
+        kept = rows.filter(pyarrow.array([name in names for name in rows["path"].to_pylist()]))
+        if len(kept):
             folder, name = posixpath.split(file)
-            parquet.write_table(good, f"{folder}/.{name}", filesystem=target.system)
-            target.system.move(f"{folder}/.{name}", file)
+            parquet.write_table(kept, f"{folder}/.{name}", filesystem=target.opened)
+            target.opened.move(f"{folder}/.{name}", file)
+        else:
+            target.opened.delete_file(file)

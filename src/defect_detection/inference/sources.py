@@ -12,6 +12,7 @@ from typing import TextIO
 
 from defect_detection import PipelineError
 from defect_detection.inference.judge import Item
+from defect_detection.names import first_line
 from defect_detection.runtime.preprocessing import (
     FORMATS,
     MOST_BYTES,
@@ -131,7 +132,9 @@ def _name_passed_over(pattern: str, failed: Failed) -> None:
 def reason(error: OSError) -> UnreadableImage:
     """Return why an image cannot be read."""
     gone = isinstance(error, FileNotFoundError)
-    return UnreadableImage("does not exist" if gone else f"cannot be read ({error.strerror})")
+    return UnreadableImage(
+        "does not exist" if gone else f"cannot be read ({error.strerror or first_line(error)})"
+    )
 
 
 def names_image(path: str) -> bool:

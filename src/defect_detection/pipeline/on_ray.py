@@ -1,6 +1,6 @@
 """Fits on a Ray cluster: each set, or each fold of a cross-validation, is a task.
 
-A task is one process with TensorFlow on a machine of its own, as TensorFlow uses all cores. It
+A task is one process with TensorFlow, which takes as many cores as the smallest machine has. It
 computes what a fit on this machine computes: the seed decides everything random. A task whose
 machine dies is begun again on another.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from defect_detection.training.devices import Device
 
-TRIES = 3  # of a task whose machine dies
+RETRIES = 3  # of a task whose machine dies
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OnRay:
         """Begin to fit each plan, or to cross-validate it with a number of folds."""
         # Mapped files are of this machine only.
         shared = ray.put(replace(data, images=np.array(data.images)))
-        options = {"num_cpus": min(cluster.cores(), default=1), "max_retries": TRIES}
+        options = {"num_cpus": min(cluster.cores(), default=1), "max_retries": RETRIES}
         begin = ray.remote(_task).options(**options).remote
         numbers = [None] if folds is None else range(1, folds + 1)
         self._tasks = {
