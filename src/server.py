@@ -11,13 +11,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from defect_detection import PipelineError, cli, settings
+from defect_detection import PipelineError, cli, settings, uris
 from defect_detection.operations import tracking_server
 from defect_detection.operations.tracking_server import SECRETS, Secrets, ServerPlan
 from defect_detection.pipeline import delivery
 from defect_detection.registry import runs, store
-
-PREFIX = "sqlite:///"
 
 
 def main() -> None:
@@ -28,6 +26,8 @@ def main() -> None:
     env = settings.environment()
     plan = tracking_server.chosen(env)
     if options.migrate:
+        # The keys of a bucket, where .env.local has them.
+        os.environ |= {name: env[name] for name in env if name.startswith(("AWS_", "MLFLOW_S3_"))}
         migrate(plan, env)
         return
     tracking_server.run(plan, {**os.environ, **env}, lambda known: welcome(plan, known))
@@ -49,18 +49,16 @@ def migrate(plan: ServerPlan, env: Mapping[str, str]) -> None:
     from defect_detection.operations import migration
 
     uri = settings.tracking_uri(env)
-    if not uri.startswith(PREFIX):
+    if not uri.startswith(uris.SQLITE):
         raise PipelineError(
             f"MLFLOW_TRACKING_URI is no sqlite store. Run this with the store to copy: "
             f"MLFLOW_TRACKING_URI={settings.STORE} make server-migrate"
         )
     cache = settings.from_root(settings.read_config().paths.cache)
-    # The keys of a bucket, where .env.local has them.
-    os.environ |= {name: env[name] for name in env if name.startswith(("AWS_", "MLFLOW_S3_"))}
     with store.connected(uri), runs.watched(cache):
         delivery.deliver_all(cache, strict=True)
     with tracking_server.own(plan) as (_, database):
-        source = Path(uri.removeprefix(PREFIX))
+        source = Path(uri.removeprefix(uris.SQLITE))
         found = migration.take_over(source, settings.ROOT, database, plan.artifacts)
     print(f"Copied from {source}: {found}. Next: make server")
 

@@ -233,7 +233,7 @@ class Project:
         places = [(other.root / "mlruns").as_uri(), (self.root / "mlruns").as_uri()]
         with stored.read(f"sqlite:///{self.root / 'mlflow.db'}") as engine:
             with engine.begin() as connection:
-                stored.move(connection, [stored.Place(*places)])
+                stored.move(connection, [stored.Relocation(*places)])
 
     def make_store(self) -> None:
         """Give the project an empty store; MLflow takes seconds to make one, so one is copied."""

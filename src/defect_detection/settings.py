@@ -567,8 +567,8 @@ def tracking_uri(env: Mapping[str, str]) -> str:
         PipelineError: it is neither a URI nor a folder.
     """
     uri = env.get("MLFLOW_TRACKING_URI", STORE)
-    if uri.startswith("sqlite:///"):
-        return "sqlite:///" + str(from_root(uri.removeprefix("sqlite:///")))
+    if uri.startswith(uris.SQLITE):
+        return uris.SQLITE + str(from_root(uri.removeprefix(uris.SQLITE)))
     if uri.startswith("file:"):
         path = uri.removeprefix("file:")
         return from_root(path.removeprefix("//") if path.startswith("//") else path).as_uri()

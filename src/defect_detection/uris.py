@@ -4,7 +4,8 @@ import re
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
-_LOCAL = ("sqlite:///", "file:")  # these have no password
+SQLITE = "sqlite:///"  # before the path of a file
+_LOCAL = (SQLITE, "file:")  # these have no password
 # An @ behind host and port is no end of a password.
 _HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:[0-9]+)?")
 # Libraries that do not see where a password ends show what stands between two of these.

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-from defect_detection.registry import promotion, runs, store  # noqa: E402
+from defect_detection.registry import promotion, runs, store, versions  # noqa: E402
 from defect_detection.registry.promotion import Election  # noqa: E402
 from defect_detection.service import models  # noqa: E402
 
@@ -32,7 +32,8 @@ TAGS = {  # as many and as long as an evaluation writes
 def main() -> None:
     """Fill a store, ask it, print the seconds."""
     counts = [int(one) for one in sys.argv[1:]] or COUNTS
-    print(f"{'versions':>8}{'champion':>10}{'promotion':>11}{'/models':>9}{'promote --list':>16}")
+    titles = ("versions", "champion", "without rival", "promotion", "/models", "promote --list")
+    print(("{:>15}" * len(titles)).format(*titles))
     with tempfile.TemporaryDirectory() as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
         with store.connected(uri, create=True), runs.watched(Path(folder)):
@@ -46,10 +47,17 @@ def main() -> None:
                 known = count
                 election = Election(NAME, TAGS["test_digest"], lambda version: True)
                 champion = seconds(election.result)
+                alone = seconds(lambda: versions.highest(NAME, TAGS["test_digest"], is_none))
                 promoted = seconds(lambda e=election: promotion.promote(e, "benchmark"))
                 page = seconds(lambda: models._registry(NAME))
                 listed = seconds(lambda u=uri: list_versions(u))
-                print(f"{count:8}{champion:10.2f}{promoted:11.2f}{page:9.2f}{listed:16.2f}")
+                took = (champion, alone, promoted, page, listed)
+                print(f"{count:15}" + "".join(f"{one:15.2f}" for one in took), flush=True)
+
+
+def is_none(version: versions.Version) -> bool:
+    """Refuse every version."""
+    return False
 
 
 def seconds(call: Callable[[], object]) -> float:

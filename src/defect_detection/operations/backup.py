@@ -24,7 +24,7 @@ from defect_detection.atomic import replace_atomically
 from defect_detection.dataset.folder import FIELD, INBOX
 from defect_detection.dataset.inbox import Inbox
 from defect_detection.operations import postgres, stores, tracking_server
-from defect_detection.operations.stores import Place
+from defect_detection.operations.stores import Relocation
 from defect_detection.operations.tracking_server import SECRETS, ServerPlan
 from defect_detection.pipeline import delivery
 from defect_detection.registry import runs, store
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST, FORMAT = "manifest.json", 1
 COMPANIONS = ("-wal", "-shm", "-journal")  # of a SQLite file; a copy needs none
-LOCAL = "sqlite:///"
 CHUNK = 1 << 20
 DAY = 86400  # seconds
 CONFIGURATION = ("src/config.yaml", "re_train/re_train.yaml", ".env", ".env.local")
@@ -167,7 +166,7 @@ def _delete_partial(to: Path) -> None:
 
 def _add_store(backup: Backup, here: Locations) -> None:
     """Copy a sqlite store, then its artifacts, which were there before it named them."""
-    if not here.store.startswith(LOCAL):
+    if not here.store.startswith(uris.SQLITE):
         shown = uris.without_password(here.store)
         if here.store.startswith("file:"):
             raise PipelineError(
@@ -177,14 +176,14 @@ def _add_store(backup: Backup, here: Locations) -> None:
         if not (here.server.folder / SECRETS).exists():
             backup.left_out.append(f"the store {shown}: run this on its machine too")
         return
-    source = Path(here.store.removeprefix(LOCAL))
+    source = Path(here.store.removeprefix(uris.SQLITE))
     if not source.exists():
         backup.left_out.append(f"the store {here.store}, which does not exist")
         return
     if not _is_sqlite(source):
         raise PipelineError(f"{source} is no SQLite database. Restore it from an older backup")
     backup.add(source, "store/mlflow.db")
-    with stores.read(f"{LOCAL}{backup.folder / 'store/mlflow.db'}") as engine:
+    with stores.read(f"{uris.SQLITE}{backup.folder / 'store/mlflow.db'}") as engine:
         places = stores.local_places(engine)
     for number, uri in enumerate(places):
         folder = stores.folder_of(uri, here.root)
@@ -289,8 +288,8 @@ def _require_empty(folder: Path, known: dict[str, Any], here: Locations) -> None
     there += [here.server.folder / SECRETS, here.server.folder / "postgres"]
     if "://" not in here.server.artifacts:
         there.append(Path(here.server.artifacts))
-    if here.store.startswith(LOCAL):
-        there.append(Path(here.store.removeprefix(LOCAL)))
+    if here.store.startswith(uris.SQLITE):
+        there.append(Path(here.store.removeprefix(uris.SQLITE)))
         there += [here.root / place["to"] for place in known["places"]]
     own, kept = here.root / ".env.local", folder / "configuration" / ".env.local"
     if kept.exists() and own.exists() and own.read_bytes() != kept.read_bytes():
@@ -315,7 +314,7 @@ def restore(folder: Path, known: dict[str, Any], here: Locations) -> list[str]:
         PipelineError: something is there already, cannot be written, or the store is another one.
     """
     _require_empty(folder, known, here)
-    if (folder / "store").is_dir() and not here.store.startswith(LOCAL):
+    if (folder / "store").is_dir() and not here.store.startswith(uris.SQLITE):
         raise PipelineError(
             f"The backup has a sqlite store, and MLFLOW_TRACKING_URI is "
             f"{uris.without_password(here.store)}. Set it as in the backup"
@@ -350,17 +349,17 @@ def _require_database(server: ServerPlan) -> None:
 
 
 def _restore_store(source: Path, places: list[dict[str, str]], here: Locations) -> None:
-    database = Path(here.store.removeprefix(LOCAL))
+    database = Path(here.store.removeprefix(uris.SQLITE))
     moved = []
     for number, place in enumerate(places):
         target = here.root / place["to"]
         _put(source / "artifacts" / str(number), target)
-        moved.append(Place(place["uri"], target.as_uri()))
+        moved.append(Relocation(place["uri"], target.as_uri()))
     with replace_atomically(database) as temporary:
         shutil.copyfile(source / "mlflow.db", temporary)
-        with stores.read(f"{LOCAL}{temporary}") as engine, engine.begin() as connection:
+        with stores.read(f"{uris.SQLITE}{temporary}") as engine, engine.begin() as connection:
             stores.move(connection, moved)
-        _end_what_was_open(f"{LOCAL}{temporary}")
+        _end_what_was_open(f"{uris.SQLITE}{temporary}")
 
 
 def _end_what_was_open(uri: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from defect_detection import PipelineError, uris
 from defect_detection.operations import stores
-from defect_detection.operations.stores import Place
+from defect_detection.operations.stores import Relocation
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ def take_over(source: Path, root: Path, database: str, artifacts: str) -> TakenO
             )
         copied = Path(folder) / "mlflow.db"
         stores.copy_sqlite(source, copied)
-        with stores.opened(f"sqlite:///{copied}") as read:
+        with stores.opened(f"{uris.SQLITE}{copied}") as read:
             places, files, size = [], 0, 0
             for number, uri in enumerate(stores.local_places(read)):
                 here, name = stores.folder_of(uri, root), f"{FOLDER}/{number}"
                 count, total = stores.upload(here, artifacts, name)
                 log.info("%d files of %s", count, here)
                 files, size = files + count, size + total
-                places.append(Place(uri, f"mlflow-artifacts:/{name}"))
+                places.append(Relocation(uri, f"mlflow-artifacts:/{name}"))
             return TakenOver(stores.copy_tables(read, target, places), files, size)

@@ -116,10 +116,11 @@ class Cluster:
             self._create_database()
             yield self.uri
         finally:
-            socket = self.socket
-            self._run("pg_ctl", "stop", "-D", str(self.folder), "-m", "fast", "-t", str(WAIT))
-            with suppress(OSError):  # who started it by hand may have chosen a folder with more
-                socket.rmdir()
+            if self.runs():
+                socket = self.socket
+                self._run("pg_ctl", "stop", "-D", str(self.folder), "-m", "fast", "-t", str(WAIT))
+                with suppress(OSError):  # who started it by hand may have chosen a folder with more
+                    socket.rmdir()
 
     def start(self, socket: Path) -> None:
         """Start it; it listens on no address, but in a folder.

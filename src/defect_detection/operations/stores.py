@@ -90,7 +90,7 @@ def is_filled(engine: Engine) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class Relocation:
     """Where artifacts are and where they are copied to.
 
     Attributes:
@@ -138,14 +138,14 @@ def folder_of(uri: str, root: Path) -> Path:
 
 
 def _within(uri: str, folder: str) -> bool:
-    return Place(folder, "").moved(uri) is not None
+    return Relocation(folder, "").moved(uri) is not None
 
 
 def _as_path(uri: str) -> str:
     return local_file_uri_to_path(uri) if uri.startswith("file:") else uri
 
 
-def move(connection: Connection, places: Sequence[Place]) -> None:
+def move(connection: Connection, places: Sequence[Relocation]) -> None:
     """Change the URIs of artifacts in a store's tables."""
     tables = _schema(connection).tables
     for name, column in LOCATIONS:
@@ -163,7 +163,7 @@ def _column(cell: sqlalchemy.Column[str], connection: Connection) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
-def copy_tables(source: Engine, target: Engine, places: Sequence[Place]) -> dict[str, int]:
+def copy_tables(source: Engine, target: Engine, places: Sequence[Relocation]) -> dict[str, int]:
     """Copy all rows of a store into one that has none, in one transaction.
 
     Args:

@@ -86,7 +86,7 @@ class Training:
         for folder in sorted(path.parent for path in self.folder.glob(f"*/{journal.RUN}")):
             try:
                 journal.deliver(folder)
-            except (*journal.NOT_TAKEN, PipelineError, ValueError, TypeError, KeyError) as error:
+            except (*store.FAILURES, PipelineError, ValueError, TypeError, KeyError) as error:
                 lost = "" if self.purpose.best_file else ", but does not evaluate it"
                 raise StoreError(
                     f"MLflow does not take what was fitted ({first_line(error)}). It is kept: "

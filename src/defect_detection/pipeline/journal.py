@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
-import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
-from mlflow.exceptions import MlflowException
 
-from defect_detection import StoreError, uris
+from defect_detection import uris
 from defect_detection.atomic import replace_atomically
 from defect_detection.registry import runs, saved_model, store
 from defect_detection.registry.store import first_line
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOT_TAKEN = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
 RUN, ENTRIES, FILES, MODEL = "run.json", "entries.jsonl", "files", "model"
 DELIVERED = "delivered.json"  # what `RUN` becomes when MLflow has all of the run
 KERAS, EXAMPLE = "model.keras", "example"
@@ -90,7 +87,7 @@ class Journal:
         self._online = True
         try:
             self._know(_start(info))
-        except NOT_TAKEN as error:
+        except store.FAILURES as error:
             self._go_on_alone(error)
 
     def log_params(self, params: Mapping[str, object]) -> None:
@@ -131,7 +128,7 @@ class Journal:
         if self._online:
             try:
                 self._know(replace(self.info, model_uri=saved_model.log(model, served, example)))
-            except NOT_TAKEN as error:
+            except store.FAILURES as error:
                 self._go_on_alone(error)
         return self.info.model_uri
 
@@ -141,12 +138,12 @@ class Journal:
         if self._online:
             try:
                 mlflow.end_run(status)
-            except NOT_TAKEN as error:
+            except store.FAILURES as error:
                 self._go_on_alone(error)
         if self._online:
             _delete(self.folder)
         else:
-            with suppress(*NOT_TAKEN):
+            with suppress(*store.FAILURES):
                 self.info = deliver(self.folder)
         self._entries.close()
 
@@ -161,7 +158,7 @@ class Journal:
         if self._online:
             try:
                 _send(entry, self.folder)
-            except NOT_TAKEN as error:
+            except store.FAILURES as error:
                 self._go_on_alone(error)
 
     def _go_on_alone(self, error: Exception) -> None:
@@ -231,7 +228,7 @@ def _leave_run() -> None:
     before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()
     MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
     try:
-        with suppress(*NOT_TAKEN):
+        with suppress(*store.FAILURES):
             mlflow.end_run("FAILED")
     finally:
         MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(before)

@@ -14,21 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlflow
-import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from defect_detection import StoreError, locks
+from defect_detection import locks
 from defect_detection.registry import store, versions
 from defect_detection.registry.store import first_line
 
 log = logging.getLogger(__name__)
 
 FOLDER = "open-runs"  # below the cache
-UNKNOWN = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
 CLAIM = "process"  # tag of a run by which it is found before its id was written down
 
 _folder: Path | None = None  # of the files of the runs that this process opens
@@ -142,7 +140,7 @@ def _heal(folder: Path) -> None:
                 continue
             try:
                 _end(_find(file.stem, claim))
-            except UNKNOWN as error:
+            except store.FAILURES as error:
                 log.warning("A run that was left cannot be ended now (%s)", first_line(error))
             else:
                 file.unlink(missing_ok=True)

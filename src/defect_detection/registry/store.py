@@ -32,6 +32,8 @@ LOCKED_SECONDS = 90  # how long writers wait for another one
 USUAL_PATIENCE = 5  # seconds
 SQLITE_HEAD = b"SQLite format 3\0"
 ANOTHER = "or set MLFLOW_TRACKING_URI in .env"
+# What comes from MLflow when the store does not answer, or refuses something.
+FAILURES = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
 
 # It logs errors with a traceback, and raises them too.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -202,7 +204,7 @@ def _is_database(path: Path, patience: float) -> bool:
 
 def _local_folder(uri: str) -> Path | None:
     """Return the folder that holds a local store, None if the store is not local."""
-    if uri.startswith("sqlite:///"):
+    if uri.startswith(uris.SQLITE):
         return Path(sqlalchemy.engine.make_url(uri).database or "").parent
     if uri.startswith("file:"):
         return Path(urllib.request.url2pathname(uri.removeprefix("file://")))

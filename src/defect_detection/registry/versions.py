@@ -33,8 +33,8 @@ PARENT = "parent_model"  # URI of the logged model that it was fine-tuned from
 TRAINED = "training_digest"  # of the images that it was trained on
 
 # The tag `acc`, as `repr` writes a number from 0 to 1; and its first digits, the highest first.
-_WRITTEN = re.compile(r"[01](\.\d*)?|\d(\.\d+)?e-(0[5-9]|[1-9]\d+)")
-_FALLING = ("1", *(f"0.{n}" for n in (*range(99, 90, -1), *range(9, 0, -1))), "")
+_WRITTEN = re.compile(r"[01](\.\d*)?|\d(\.\d+)?e-(0[5-9]|[1-9]\d+)", re.ASCII)
+_FALLING = ("1", *(f"0.{digits}" for digits in (99, 98, 97, 96, 95, 9, 8)), "")
 
 
 @dataclass(frozen=True)
