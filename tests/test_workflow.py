@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from conftest import ROOT, SETS, SMALL, free_port
+from conftest import ROOT, SETS, SMALL, draw_folders, free_port
 
 WORKFLOW = ROOT / ".github" / "workflows" / "mlops.yml"
 
@@ -147,7 +147,7 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path, learnable):
+def runner(tmp_path):
     clone, home = tmp_path / "clone", tmp_path / "home"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     config = yaml.safe_load((clone / "src" / "config.yaml").read_text())
@@ -156,10 +156,11 @@ def runner(tmp_path, learnable):
     git = ["git", "-C", clone, "-c", "user.name=t", "-c", "user.email=t@localhost"]
     subprocess.run([*git, "commit", "-qam", "small models"], check=True)
     home.mkdir()
+    data = draw_folders(tmp_path / "data", train=40, test=8)
     made = Runner(
         clone,
         home,
-        {"MLFLOW_TRACKING_URI": "", "DATA_PATH": str(learnable), "JOBS_PATH": "", "LINE_PATH": ""},
+        {"MLFLOW_TRACKING_URI": "", "DATA_PATH": str(data), "JOBS_PATH": "", "LINE_PATH": ""},
     )
     yield made
     made.start_api("stop")
