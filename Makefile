@@ -9,7 +9,7 @@
 # make server-migrate           copy the sqlite store into that server
 # make backup TO=folder         copy everything that cannot be made again, while it runs
 # make restore FROM=folder      put a backup into a new clone
-# make bench                    the figures of the documentation, about an hour
+# make bench                    the figures of the documentation, about two hours
 
 PYTHON := .venv/bin/python
 ARGS := $(if $(DATA),--data "$(DATA)")
@@ -75,6 +75,8 @@ bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/inference_speed.py
 	$(PYTHON) tests/benchmarks/api_under_attack.py
 	$(PYTHON) tests/benchmarks/line_load.py
+	$(PYTHON) tests/benchmarks/growth.py --images 1000 10000
+	$(PYTHON) tests/benchmarks/many_versions.py
 	$(PYTHON) tests/benchmarks/generalisation.py
 	$(PYTHON) tests/benchmarks/other_parts.py
 

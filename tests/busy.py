@@ -1,4 +1,4 @@
-"""Writes into a project as fast as it can: versions, verdicts, labels. Runs until it is killed.
+"""Writes into a project all the time: versions, verdicts, labels. Runs until it is killed.
 
 python tests/busy.py KIND ROOT
 """
@@ -6,6 +6,8 @@ python tests/busy.py KIND ROOT
 import io
 import itertools
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +18,7 @@ from PIL import Image  # noqa: E402
 
 NAME = "Production_Reg"
 NOTE = "note.txt"
+PAUSE = 0.05  # seconds
 
 
 def register_versions(root: Path) -> None:
@@ -27,7 +30,7 @@ def register_versions(root: Path) -> None:
     with store.connected(f"sqlite:///{root}/mlflow.db"):
         model = versions.with_accuracy(NAME)[0]
         experiment = store.open_experiment("busy")
-        for number in itertools.count():
+        for number in numbers():
             with mlflow.start_run(experiment_id=experiment) as run:
                 mlflow.log_text(f"{number}\n" * 10_000, NOTE)
                 run_id = run.info.run_id
@@ -46,7 +49,7 @@ def log_verdicts(root: Path) -> None:
         with saved_model.fetched(f"models:/{NAME}/1") as files:
             model = NamedModel.load(f"{NAME}/1", str(files))
     log = VerdictLog(root / ".line", Rules())
-    for number in itertools.count():
+    for number in numbers():
         content = noise(number)
         verdict = Verdict("defect", 0.9, True, "", np.zeros((4, 4), np.float32))
         log.add([Judged(Item(f"{number}.png", content), verdict, model, 1)], [Origin("predict")])
@@ -57,7 +60,7 @@ def label(root: Path) -> None:
     from defect_detection.dataset.inbox import Inbox, Seen
 
     inbox = Inbox(root / "data")
-    for number in itertools.count():
+    for number in numbers():
         seen = Seen(number, "defect", 0.9, f"{NAME}/1", "review", str(number))
         made = inbox.add("ok_front", "Ada", seen, noise(number), blind=False)
         if number % 4 == 0:
@@ -66,6 +69,13 @@ def label(root: Path) -> None:
             inbox.reject(made.id, "Grace")
         elif number % 4 == 2:
             inbox.take_back(made.id, "Ada")
+
+
+def numbers() -> Iterator[int]:
+    """Count, slowly enough that a test of many backups can end."""
+    for number in itertools.count():
+        yield number
+        time.sleep(PAUSE)
 
 
 def noise(number: int) -> bytes:

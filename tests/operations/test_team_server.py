@@ -118,6 +118,7 @@ def test_the_secrets_are_for_their_owner_only(team: Team):
     folder = team.server.folder / "server"
     for name in ("secrets.json", "auth.ini"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE((folder / "artifacts").stat().st_mode) == 0o700
     kept = json.loads((folder / "secrets.json").read_text())
     assert min(map(len, kept.values())) >= 24 and len(set(kept.values())) == 3
     assert not set(kept.values()) & set(team.server.log.read_text().split())

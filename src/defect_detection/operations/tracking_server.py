@@ -29,6 +29,7 @@ START_WITHIN = 180  # seconds, in which MLflow may have to migrate its tables
 STOP_WITHIN = 15
 LOOK_EVERY = 2  # seconds between two looks at MLflow and the database
 SECRETS, LOCK, CHILD = "secrets.json", "lock", "mlflow.pid"
+ARTIFACTS = "artifacts"  # below its folder, unless another place is named
 AUTH = """\
 [mlflow]
 # What a user may do with what others made; a user may do everything with what is his own.
@@ -109,7 +110,7 @@ def chosen(env: Mapping[str, str]) -> ServerPlan:
     """
     folder = settings.from_root(env.get("SERVER_PATH", ".server"))
     port, database = env.get("SERVER_PORT", "5000"), env.get("SERVER_DATABASE", "")
-    artifacts = env.get("SERVER_ARTIFACTS", str(folder / "artifacts"))
+    artifacts = env.get("SERVER_ARTIFACTS", str(folder / ARTIFACTS))
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise PipelineError(f"SERVER_PORT is {port}, expected a number from 1 to 65535")
     if database and not database.startswith("postgresql"):
@@ -137,6 +138,10 @@ def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     # PostgreSQL, which another user runs if this one is root, must come through.
     plan.folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    artifacts = plan.folder / ARTIFACTS
+    if plan.artifacts == str(artifacts):
+        artifacts.mkdir(exist_ok=True)
+        artifacts.chmod(0o700)
     with locks.held(plan.folder / LOCK, make=True) as free:
         if not free:
             raise PipelineError(f"A server runs in {plan.folder} already. Stop it first")
@@ -162,8 +167,6 @@ def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], 
     with own(plan) as (known, database), (plan.folder / CHILD).open("a+") as held:
         _end_former(held)
         _require_port(plan)
-        if "://" not in plan.artifacts:
-            Path(plan.artifacts).mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_auth(plan.folder, database)
         child = subprocess.Popen(
             _command(plan),
