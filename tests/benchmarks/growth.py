@@ -57,7 +57,10 @@ def main() -> None:
         draw(folder / "data", images)
         for step in steps:
             groups = folder / "data" / "groups.csv"
-            groups.unlink(missing_ok=True) if step == "audit" else write_groups(groups)
+            if step == "audit":
+                groups.unlink(missing_ok=True)
+            else:
+                write_groups(groups)
             found = costs[step][images] = measure(folder, STEPS[step])
             print(
                 f"{step:11}{images:8}{found.seconds:9.0f}{found.cpu:9.0f}{found.own:7.0f}"

@@ -37,7 +37,6 @@ COMPANIONS = ("-wal", "-shm", "-journal")  # of a SQLite file; a copy needs none
 CHUNK = 1 << 20
 DAY = 86400  # seconds
 CONFIGURATION = ("src/config.yaml", "re_train/re_train.yaml", ".env", ".env.local")
-UNDELIVERED = "undelivered"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Locations:
         return named | {
             "line": self.line,
             "jobs": self.jobs,
-            UNDELIVERED: self.cache / delivery.FOLDER,
+            delivery.FOLDER: self.cache / delivery.FOLDER,
             "best_model.json": self.best_model,
         }
 
@@ -137,7 +136,7 @@ def make(here: Locations, to: Path) -> Backup:
         backup = Backup(partial)
         parts = here.parts()
         # What MLflow gets in the meantime is in both, and does no harm there.
-        backup.add(parts.pop(UNDELIVERED), UNDELIVERED)
+        backup.add(parts.pop(delivery.FOLDER), delivery.FOLDER)
         _add_store(backup, here)
         _add_server(backup, here.server)
         for name, source in parts.items():

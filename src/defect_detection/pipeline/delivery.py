@@ -119,8 +119,9 @@ class Training:
         """Note what MLflow has of a run."""
         if name in self.trained:
             known = replace(self.trained[name], run_id=info.run_id, model_uri=info.model_uri)
-            self.trained[name] = known
-            self._write()
+            if known != self.trained[name]:
+                self.trained[name] = known
+                self._write()
 
     def _write(self) -> None:
         trained = {name: asdict(one) for name, one in self.trained.items()}

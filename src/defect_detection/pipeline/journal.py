@@ -183,11 +183,16 @@ def deliver(folder: Path) -> RunInfo:
     _require_answer()
     info = _found(RunInfo.read(folder))
     if info.run_id and mlflow.get_run(info.run_id).info.status == "FINISHED":
-        uri = info.model_uri or saved_model.logged_by(info.run_id)
-        info = replace(info, model_uri=uri)
+        info = replace(info, model_uri=info.model_uri or saved_model.logged_by(info.run_id))
         info.write(folder)
-        _delete(folder)
-        return info
+    else:
+        info = _sent(info, folder)
+    _delete(folder)
+    return info
+
+
+def _sent(info: RunInfo, folder: Path) -> RunInfo:
+    """Send all that is kept of a run to MLflow, and end it."""
     info = _start(info)
     try:
         info.write(folder)
@@ -205,7 +210,6 @@ def deliver(folder: Path) -> RunInfo:
     except BaseException:
         _leave_run()
         raise
-    _delete(folder)
     return info
 
 
