@@ -456,7 +456,9 @@ class Watching:
         self.process.wait(20)
 
     def names(self) -> list[str]:
-        return [Path(row["path"]).name for row in rows(self.file)]
+        """Return the names of the images that have a row; the last may just be written."""
+        whole = self.file.read_text().rpartition("\n")[0]
+        return [Path(json.loads(row)["path"]).name for row in whole.splitlines()]
 
 
 @pytest.fixture
@@ -504,7 +506,7 @@ def test_a_thousand_pictures_at_once_and_kills_lose_none_and_judge_none_twice(
         watching.start("--resume")
     wait_for(lambda: len(watching.names()) >= 1000)
     time.sleep(0.5)
-    assert sorted(watching.names()) == dropped
+    assert sorted(Path(row["path"]).name for row in rows(watching.file)) == dropped
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
