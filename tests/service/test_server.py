@@ -9,10 +9,15 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from waitress.adjustments import Adjustments
+from waitress.channel import ClientDisconnected
 
 from conftest import ROOT, Project, Server, free_port, wait_for
+from defect_detection.service.server import Connection
 
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
@@ -280,3 +285,15 @@ def test_malformed_calls_are_refused_and_no_errors_of_the_server(server):
     lines = server.log.read_text().splitlines()
     assert len(lines) == 2, lines
     assert sum(line.startswith("There is no tracking store") for line in lines) == 1
+
+
+def test_caller_of_a_malformed_call_who_hangs_up_is_no_error(monkeypatch):
+    limits, (ours, theirs) = Adjustments(), socket.socketpair()
+    serving = SimpleNamespace(adj=limits, active_channels={})
+    serving.add_task = serving.pull_trigger = mock.Mock()
+    connection = Connection(serving, ours, "", limits, {})
+    connection.received(b"GET http://[/health HTTP/1.1\r\n\r\n")
+    monkeypatch.setattr(connection, "write_soon", mock.Mock(side_effect=ClientDisconnected))
+    with ours, theirs:
+        connection.service()
+    assert connection.close_when_flushed

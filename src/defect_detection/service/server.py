@@ -32,6 +32,7 @@ class Call(HTTPRequestParser):  # type: ignore[misc]
     """A call as it arrives."""
 
     adj: Any  # limits, which all calls share
+    path = ""  # until it is read; waitress names it when the caller hangs up
 
     def parse_header(self, header_plus: bytes) -> None:
         """Read the headers; an address such as http://[ is the caller's mistake, thus 400.
