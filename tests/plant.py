@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 import preloaded
 from defect_detection import settings
 from defect_detection.dataset import split as splits
 from defect_detection.dataset.folder import DataFolder
-from defect_detection.pipeline import delivery, record
+from defect_detection.pipeline import delivery, journal, record
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.pipeline.delivery import Purpose
 from defect_detection.pipeline.evaluate import EvaluationPlan, evaluate_and_register
@@ -117,6 +119,18 @@ class Plant:
         (model,) = client.search_logged_models([experiment], f"source_run_id = '{run.info.run_id}'")
         saved_model.load_classifier(model.model_uri)
         assert "label_errors.csv" in {one.path for one in client.list_artifacts(run.info.run_id)}
+
+
+def kept_training(cache: Path, experiment: str, name: str, best_file: str = "") -> Path:
+    """Do as a training of one set that MLflow does not take; return where it keeps the set."""
+    refused = mock.patch.object(journal, "_start", side_effect=MlflowException("no answer"))
+    purpose = Purpose(1, "digest", best_file, "train.py --sync")
+    with refused, delivery.training(cache, purpose) as training:
+        with training.run(RunInfo(experiment, name, "", {})) as fitted:
+            record.epoch(1, {"loss": 0.5})
+            fitted.append(Trained(name, 1, 0.9, 0.1, 1.0, "", ""))
+    (folder,) = training.folder.glob("*/run.json")
+    return folder.parent
 
 
 def require_no_remains(cache: Path) -> None:

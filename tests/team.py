@@ -30,7 +30,7 @@ def require_postgres() -> None:
 class TeamServer:
     """`python src/server.py` in a copy of the project, with a database of its own."""
 
-    def __init__(self, project: Project):
+    def __init__(self, project: Project, workers: int = 2):
         self.project, self.port = project, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         # PostgreSQL runs as another user if the tests run as root, who enters no folder of pytest.
@@ -41,7 +41,7 @@ class TeamServer:
             "SERVER_PATH": str(self.folder / "server"),
             "SERVER_PORT": str(self.port),
             "SERVER_HOST": "127.0.0.1",
-            "MLFLOW_WORKERS": "2",  # processes of MLflow, which start on two cores
+            "MLFLOW_WORKERS": str(workers),  # processes of MLflow, which take seconds to start
         }
 
     @property

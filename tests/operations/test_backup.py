@@ -19,11 +19,8 @@ from defect_detection.dataset.inbox import Inbox, Seen
 from defect_detection.inference.judge import Item, NamedModel, judge
 from defect_detection.inference.verdict_log import Origin, Rules, VerdictLog
 from defect_detection.operations import backup
-from defect_detection.pipeline import delivery, journal, record
-from defect_detection.pipeline.delivery import Purpose
-from defect_detection.pipeline.journal import RunInfo
-from defect_detection.pipeline.record import Trained
 from defect_detection.registry import saved_model, store, versions
+from plant import kept_training
 
 COPIES = int(os.environ.get("COPIES", "3"))  # backups while everything writes
 
@@ -149,7 +146,7 @@ def test_a_store_that_is_damaged_is_named(project: Project, tmp_path: Path, cont
 
 
 def test_what_was_under_way_is_delivered_or_ended_after_a_restoration(
-    trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Project, tmp_path: Path
 ):
     """A training that MLflow lacks, an open run, a version whose evaluation did not end."""
     cache = tmp_path / "cache"
@@ -160,12 +157,7 @@ def test_what_was_under_way_is_delivered_or_ended_after_a_restoration(
         first = versions.with_accuracy("Production_Reg")[0]
         tags = {"released": "false", "not_released": versions.UNFINISHED}
         versions.register(first.source, "", 0.9, "half", first.name, tags)
-        purpose = Purpose(1, "digest", str(trained.root / "best_model.json"), "train.py --sync")
-        with monkeypatch.context() as lost, delivery.training(cache, purpose) as training:
-            lost.setattr(journal, "_start", refuse)
-            with training.run(RunInfo("train/casting", "kept", "", {})) as fitted:
-                record.epoch(1, {"loss": 0.5})
-                fitted.append(Trained("kept", 1, 0.9, 0.1, 1.0, "", ""))
+        kept_training(cache, "train/casting", "kept", str(trained.root / "best_model.json"))
     made = back_up(trained, tmp_path / "backups")
     shutil.rmtree(cache)
     new = Project(tmp_path / "new")
@@ -178,10 +170,6 @@ def test_what_was_under_way_is_delivered_or_ended_after_a_restoration(
     best = json.loads((new.root / "best_model.json").read_text())
     with store.connected(f"sqlite:///{new.root}/mlflow.db"):
         assert mlflow.get_run(best["run_id"]).data.metrics == {"loss": 0.5}
-
-
-def refuse(info: RunInfo) -> None:
-    raise mlflow.exceptions.MlflowException("no answer")
 
 
 def statuses() -> set[str]:

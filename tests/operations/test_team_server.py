@@ -157,6 +157,7 @@ def plants(team: Team, tmp_path: Path, model_folder: Path) -> list[Plant]:
     return made
 
 
+@pytest.mark.faults
 def test_the_database_is_killed_in_the_middle(team: Team, plants: list[Plant]):
     plant, chance, kept, failed = plants[0], random.Random(7), 0, 0
     folder = team.server.folder / "server" / "postgres"
@@ -203,6 +204,7 @@ def wait_until_whole(plant: Plant) -> None:
     wait_for(started, 60)
 
 
+@pytest.mark.faults
 def test_two_machines_register_at_once(plants: list[Plant]):
     """In any order: every version is there, one has the alias, and the record is whole."""
     for _ in range(FAULTS):
@@ -229,7 +231,7 @@ def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: P
     made = said.partition(":")[0]
     project = Project(tmp_path / "new")
     project.configure(lambda config: config["paths"].update(cache=str(tmp_path / "cache")))
-    other = TeamServer(project)
+    other = TeamServer(project, workers=1)
     try:
         project.succeed(
             *("src/backup.py", "--restore", made),
@@ -245,6 +247,7 @@ def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: P
         other.delete()
 
 
+@pytest.mark.faults
 def test_a_server_that_is_killed_starts_again(team: Team):
     """Its children go on without it: the database is used, and MLflow gives way."""
     team.server.process.kill()
@@ -268,7 +271,7 @@ def test_a_given_database_and_artifacts_in_a_bucket(team: Team, bucket, tmp_path
     with engine.connect() as connection:
         connection.execute(sqlalchemy.text("CREATE DATABASE second"))
     engine.dispose()
-    second = TeamServer(team.project)
+    second = TeamServer(team.project, workers=1)
     second.variables |= keys | {
         "SERVER_DATABASE": cluster.uri.replace("/mlflow?", "/second?"),
         "SERVER_ARTIFACTS": "s3://castings/mlflow",

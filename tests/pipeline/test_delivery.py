@@ -5,12 +5,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from conftest import SETS, Project, TrackingServer, draw_folders
 from defect_detection import PipelineError, StoreError, locks
@@ -19,6 +19,7 @@ from defect_detection.pipeline.delivery import Purpose
 from defect_detection.pipeline.journal import RunInfo
 from defect_detection.pipeline.record import Trained
 from defect_detection.registry import store as stores
+from plant import kept_training
 
 
 @pytest.fixture
@@ -163,25 +164,9 @@ def test_run_of_a_killed_training_does_not_stay_running(training):
 
 
 @pytest.fixture
-def kept(store, tmp_path, monkeypatch):
+def kept(store, tmp_path):
     """Makes trainings that MLflow did not take; returns their folders."""
-
-    def make(name: str, best_file: str = "") -> Path:
-        purpose = Purpose(1, "digest", best_file, "train.py --sync")
-        fitted = Trained(name, 1, 0.9, 0.1, 1.0, "", "")
-        with monkeypatch.context() as lost, delivery.training(tmp_path, purpose) as training:
-            lost.setattr(journal, "_start", refuse)
-            with training.run(RunInfo("train/kept", name, "", {})) as trained:
-                record.epoch(1, {"loss": 0.5})
-                trained.append(fitted)
-        (folder,) = training.folder.glob("*/run.json")
-        return folder.parent
-
-    return make
-
-
-def refuse(info: RunInfo) -> None:
-    raise MlflowException("no answer")
+    return partial(kept_training, tmp_path, "train/kept")
 
 
 def known_runs(name: str) -> list:

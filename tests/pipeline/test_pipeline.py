@@ -58,7 +58,7 @@ def test_training_logs_a_run_for_each_set_and_names_the_best(trained):
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.note.content"].startswith("The set ")
         assert run.data.params["seed"] == "42"
-        assert run.data.params["training_def_front"] == "80"
+        assert run.data.params["training_def_front"] == "60"
         assert run.data.tags["mlflow.source.git.commit"] == commit.stdout.strip()
         assert run.inputs.dataset_inputs[0].dataset.digest == best["data_digest"][:16]
         artifacts = [a.path for a in MlflowClient().list_artifacts(run.info.run_id)]

@@ -25,9 +25,10 @@ from defect_detection.registry.versions import (
     TRAINED,
     Version,
 )
+from plant import FAULTS
 
 DIGEST = "abcdef" * 10
-ROUNDS = {"sqlite": 30, "server": 10}  # the server takes a second for each
+ROUNDS = {"sqlite": max(10, FAULTS), "server": max(4, FAULTS)}  # a second for each
 
 
 def new_name() -> str:
