@@ -1,7 +1,7 @@
 # make setup                    install into .venv; all others do this first
 # make pipeline [DATA=folder]   train, evaluate and infer
 # make test                     the tests, a quarter of an hour on two cores
-# make faults [FAULTS=50]       kill and break what scripts need, more often than the tests do
+# make test-all                 also the long ones, an hour
 # make test-fast                those that need no fit and no server, under a minute
 # make sample                   draw the synthetic images in data/
 # make lint                     style and types of the code
@@ -19,7 +19,7 @@ compile = UV_CUSTOM_COMPILE_COMMAND="make requirements, from $(1).in" .cache/uv/
 	--quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url $(UPGRADE) \
 	$(1).in --output-file $(1).txt
 
-.PHONY: setup pipeline test faults test-fast sample lint requirements bench \
+.PHONY: setup pipeline test test-all test-fast sample lint requirements bench \
 	server server-migrate backup restore
 
 setup: .venv/.installed
@@ -33,13 +33,13 @@ endif
 	$(PYTHON) src/inference.py $(ARGS)
 
 test: .venv/.installed
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
-faults: .venv/.installed
-	$(PYTHON) -m pytest -m faults -s
+test-all: .venv/.installed
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.installed
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 sample: .venv/.installed
 	$(PYTHON) data/sample.py

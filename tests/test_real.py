@@ -1,11 +1,12 @@
 """The pipeline and the audit on some of the real castings."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 
 import truth
-from conftest import Project
+from conftest import NETWORK, ROOT, Project
 from defect_detection import settings
 from defect_detection.dataset import audit
 from defect_detection.dataset.folder import DataFolder
@@ -23,7 +24,7 @@ def every(tmp_path):
 
 
 def test_photographs_of_castings_are_found(every):
-    castings = every(4)
+    castings = every(8)
     found = audit.inspect(DataFolder(castings, Project.cache), ImageFormat(64, 64))
     precision, recall = truth.precision_and_recall(found.groups())
     assert precision >= 0.98
@@ -34,6 +35,7 @@ def test_photographs_of_castings_are_found(every):
 def test_castings_are_read_learned_and_judged(every, tmp_path):
     castings = every(12)
     project = Project(tmp_path / "project")
+    shutil.copy(ROOT / "src" / NETWORK, project.root / "src" / NETWORK)
     # The project's own model, smaller: the defects of real castings are lost at 64 pixels.
     own = settings.read_yaml(settings.CONFIG_FILE, settings.Config).model_parameters
     one = replace(own, sets=own.sets[:1], variants=300, image_size=(128, 128))

@@ -250,6 +250,7 @@ def test_contact_sheet_shows_images_with_as_many_pixels_as_are_allowed(data, cac
         figures.contact_sheet(data, found, most_pixels=39_999)
 
 
+@pytest.mark.long
 def test_scripts_take_names_of_all_kinds(project, tmp_path):
     data = draw_folders(tmp_path / "pictures", train=20, test=12)
     names = [b"new\nline", b"car\rriage", b"part_\xff", b'a "b", c', b"=1+1", b"esc\x1b[31m"]
@@ -344,6 +345,7 @@ def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, 
     assert "11 of 20 test images" in again
 
 
+@pytest.mark.long
 def test_cross_validation_reports_each_set_by_picture_and_by_photograph(project, tmp_path):
     data = draw_folders(tmp_path / "pictures", train=36, test=1)
     rows = {}

@@ -171,6 +171,7 @@ def files_of(line, number: int):
     return Path(location.removeprefix("file://"))
 
 
+@pytest.mark.long
 def test_version_without_its_files_for_a_moment_is_fetched_when_they_are_back(line, caplog):
     """Neither an empty nor a cut download is kept."""
     line.register_own()
@@ -225,6 +226,7 @@ def test_watch_keeps_its_model_when_the_files_here_are_damaged(line, caplog, mon
     assert model.followed(production).name == f"{line.name}/2"
 
 
+@pytest.mark.long
 def test_files_here_of_another_version_are_not_taken_for_it(line):
     line.register_own()
     kept = Path(line.production().current().folder)

@@ -137,7 +137,7 @@ def between(tracking_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[B
 
 @pytest.mark.parametrize(
     "fault",
-    ["error", "closed", *(pytest.param(one, marks=pytest.mark.faults) for one in ("html", "cut"))],
+    ["error", "closed", *(pytest.param(one, marks=pytest.mark.long) for one in ("html", "cut"))],
 )
 def test_server_fails_in_the_middle(plant: Plant, between: Between, tracking_server: str, fault):
     """A training goes on and is delivered later; an evaluation ends in one line and is repeated."""
@@ -182,6 +182,7 @@ def after(between: Between, calls: int, fault: str) -> None:
     threading.Thread(target=begin, daemon=True).start()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", ["train", "evaluate"])
 def test_store_is_locked_for_a_while(plant: Plant, tmp_path: Path, step: str):
     """A training goes on without it; an evaluation waits."""

@@ -83,7 +83,7 @@ FITTING = {"train", "evaluation", "re_train"}
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(one, marks=pytest.mark.faults) if one in FITTING else one for one in CALLS],
+    [pytest.param(one, marks=pytest.mark.long) if one in FITTING else one for one in CALLS],
 )
 def test_a_script_is_killed_at_any_moment(trained: Project, tmp_path: Path, script: str):
     call, chance = CALLS[script], random.Random(7)

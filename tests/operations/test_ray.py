@@ -96,7 +96,7 @@ def fitted(training: Project) -> dict[str, Run]:
     return {run.info.run_name: run for run in reversed(of_sets)}
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_sets_give_the_same_figures_on_a_cluster(
     training: Project, addresses: tuple[str, str], number: int
 ):
@@ -207,7 +207,7 @@ def test_workers_that_die_lose_no_verdict(
     print(f"\n{times} workers killed in {calls} calls of {len(here)} images, no verdict lost")
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_worker_that_dies_in_a_fit_is_replaced(training: Project, address: str):
     folds = ("--folds", "2", "--set", "one")
     with workers_killed("_task", 1, 4) as killed:
@@ -221,6 +221,7 @@ def table(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith(("  one", "  two", "  fold"))]
 
 
+@pytest.mark.long
 def test_images_and_rows_in_a_bucket(
     project: Project, address: str, model_folder: Path, tmp_path: Path, bucket
 ):
@@ -346,7 +347,7 @@ def hosts():
         made.end()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_two_hosts_give_the_same_figures(training: Project, hosts: Hosts):
     script = training.root / "src" / "train.py"
     command, env = [sys.executable, script, "--ray", hosts.address], training.environment()

@@ -157,7 +157,7 @@ def plants(team: Team, tmp_path: Path, model_folder: Path) -> list[Plant]:
     return made
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_database_is_killed_in_the_middle(team: Team, plants: list[Plant]):
     plant, chance, kept, failed = plants[0], random.Random(7), 0, 0
     folder = team.server.folder / "server" / "postgres"
@@ -204,7 +204,7 @@ def wait_until_whole(plant: Plant) -> None:
     wait_for(started, 60)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_two_machines_register_at_once(plants: list[Plant]):
     """In any order: every version is there, one has the alias, and the record is whole."""
     for _ in range(FAULTS):
@@ -223,6 +223,7 @@ def test_two_machines_register_at_once(plants: list[Plant]):
         one.require_whole()
 
 
+@pytest.mark.long
 def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: Path):
     """The server runs on; the new one has its versions, its record, its users and its artifacts."""
     listed = team.run("src/promote.py", "--list", **team.server.credentials)
@@ -247,7 +248,7 @@ def test_a_backup_of_the_server_is_restored_into_another(team: Team, tmp_path: P
         other.delete()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_server_that_is_killed_starts_again(team: Team):
     """Its children go on without it: the database is used, and MLflow gives way."""
     team.server.process.kill()
@@ -262,6 +263,7 @@ def test_a_server_that_is_killed_starts_again(team: Team):
     team.server.start()
 
 
+@pytest.mark.long
 def test_a_given_database_and_artifacts_in_a_bucket(team: Team, bucket, tmp_path: Path):
     """The sqlite store is taken over into both; the version is fetched from there."""
     keys, s3 = bucket

@@ -98,6 +98,7 @@ def lock_until_it_is_said(running: Training, project: Project) -> None:
     other.close()
 
 
+@pytest.mark.long
 def test_retraining_goes_on_and_is_evaluated_while_the_store_is_locked(training):
     uri = f"sqlite:///{training.root / 'mlflow.db'}"
     training.configure_retraining(epochs=2)
@@ -123,6 +124,7 @@ def server(tmp_path):
     made.kill()
 
 
+@pytest.mark.long
 def test_what_was_fitted_without_the_server_is_delivered_when_it_is_back(training, server):
     running = Training(training, server.uri)
     running.read_until("epoch 1 of")

@@ -20,7 +20,10 @@ from defect_detection.runtime.classifier import Classifier
 SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 
 
-@pytest.fixture(scope="module", params=["sqlite:///mlflow.db", "server"])
+@pytest.fixture(
+    scope="module",
+    params=["sqlite:///mlflow.db", pytest.param("server", marks=pytest.mark.long)],
+)
 def trained(request, tmp_path_factory, learnable):
     """The project after `train.py` and `evaluation.py`, for each kind of store."""
     uri = request.param
@@ -291,6 +294,7 @@ def test_folder_that_cannot_be_written_is_one_line(project, section, key, script
     assert "cannot be written" in last
 
 
+@pytest.mark.long
 def test_terminated_training_ends_its_run(project):
     draw_folders(project.data, train=20, test=1)
     project.configure(lambda c: c["model_parameters"]["sets"][0].update(epochs=500))

@@ -45,6 +45,7 @@ def test_coloured_parts_of_other_names_below_one_folder(one_set, tmp_path):
     assert verdicts[:40].count("defect") >= 36 and verdicts[40:].count("ok") >= 30
 
 
+@pytest.mark.long
 def test_good_parts_alone(one_set, tmp_path):
     """Nothing is known of escapes, so the version is not released, and all scripts say so."""
     data = draw_folders(tmp_path / "pictures", train=30, test=6)
@@ -61,6 +62,7 @@ def test_good_parts_alone(one_set, tmp_path):
     assert expected in last and last.rstrip().endswith("/report.html")
 
 
+@pytest.mark.long
 def test_two_products_in_one_store_do_not_meet(one_set, tmp_path, monkeypatch):
     """The store is a folder here."""
     (one_set.root / ".env").write_text("MLFLOW_TRACKING_URI=file:./mlruns\n")

@@ -489,6 +489,7 @@ def _killed(uri: str, name: str, what: str, steps: int) -> None:
             promotion.choose(name, 1, "chosen", "person")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["promote", "choose"])
 def test_kill_at_any_step_leaves_the_old_or_the_new_state_whole(what, _store):
     uri = _store

@@ -83,6 +83,7 @@ def namesake(tmp_path):
     process.wait()
 
 
+@pytest.mark.long
 def test_another_api_behind_a_stale_number_is_never_ended(start_api, namesake):
     assert start_api().returncode == 0
     os.kill(pid(start_api.root), signal.SIGKILL)
@@ -96,6 +97,7 @@ def test_another_api_behind_a_stale_number_is_never_ended(start_api, namesake):
     assert namesake.poll() is None
 
 
+@pytest.mark.long
 def test_api_of_a_former_version_which_locked_nothing_is_stopped(start_api):
     env = start_api.env
     api = subprocess.Popen(
