@@ -1,6 +1,6 @@
 # make setup                    install into .venv; all others do this first
 # make pipeline [DATA=folder]   train, evaluate and infer
-# make test                     the tests, a quarter of an hour on two cores
+# make test                     the tests, half an hour on two cores
 # make test-all                 also the long ones, an hour
 # make test-fast                those that need no fit and no server, under a minute
 # make sample                   draw the synthetic images in data/
@@ -63,9 +63,7 @@ lint: .venv/.installed
 
 # Versions that are pinned stay, unless an .in file asks for others; UPGRADE=--upgrade takes the
 # newest. For all systems and Pythons at once, which pip cannot do.
-requirements:
-	python3 -m venv .cache/uv
-	.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+requirements: .cache/uv/bin/uv
 	$(call compile,requirements)
 	$(call compile,requirements-line) --constraint requirements.txt
 	$(call compile,requirements-tests) --constraint requirements.txt
@@ -83,6 +81,10 @@ bench: .venv/.installed
 	$(PYTHON) tests/benchmarks/many_versions.py
 	$(PYTHON) tests/benchmarks/generalisation.py
 	$(PYTHON) tests/benchmarks/other_parts.py
+
+.cache/uv/bin/uv:
+	python3 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 
 .venv/.installed: requirements.txt .ci/setup
 	@sh .ci/setup

@@ -373,7 +373,13 @@ def test_phone_reviews_by_touch_and_photographs_a_part(line, chromium):
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "scheme"), [("desktop", DESKTOP, "dark"), ("phone", PHONE, "light")]
+    ("device", "options", "scheme"),
+    [
+        ("desktop", DESKTOP, "dark"),
+        ("phone", PHONE, "light"),
+        pytest.param("desktop", DESKTOP, "light", marks=pytest.mark.long),
+        pytest.param("phone", PHONE, "dark", marks=pytest.mark.long),
+    ],
 )
 def test_every_page_is_accessible(line, chromium, device, options, scheme):
     waiting_parts(line, 1, f"axe-{device}-{scheme}")
