@@ -44,6 +44,9 @@ ROOT = settings.ROOT
 # Models of tests enlarge an image to this shorter side only, and take half the time.
 SIDE, NETWORK = 96, Path("defect_detection", "training", "network.py")
 
+# A shell ignores it for what it runs in the background, and so would the scripts of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A slow machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
@@ -576,7 +579,7 @@ SLOW_MODULES = {
 
 # The files that take longest, in their order: begun last, one would be waited for alone.
 LONGEST = """
-    test_ray test_kills test_team_server test_faults test_browser test_pipeline test_backup
+    test_ray test_pipeline test_browser test_team_server test_faults test_kills test_backup
     test_real test_strangers test_delivery test_fitting test_production test_promotion test_audit
     test_re_train test_workflow
     test_server test_start_api test_inference test_postman

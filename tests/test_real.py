@@ -32,6 +32,7 @@ def test_photographs_of_castings_are_found(every):
     assert sum(map(len, found.leaked.values())) > 0.9 * sum(found.pictures["test"].values())
 
 
+@pytest.mark.long
 def test_castings_are_read_learned_and_judged(every, tmp_path):
     castings = every(12)
     project = Project(tmp_path / "project")

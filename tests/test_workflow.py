@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from conftest import ROOT, SETS, SMALL, draw_folders, free_port
+from conftest import NETWORK, ROOT, SETS, SMALL, Project, draw_folders, free_port
 
 WORKFLOW = ROOT / ".github" / "workflows" / "mlops.yml"
 
@@ -153,6 +153,7 @@ def runner(tmp_path):
     config = yaml.safe_load((clone / "src" / "config.yaml").read_text())
     config["model_parameters"] |= SMALL | {"sets": SETS[:2]}
     (clone / "src" / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copy(Project.source / NETWORK, clone / "src" / NETWORK)
     git = ["git", "-C", clone, "-c", "user.name=t", "-c", "user.email=t@localhost"]
     subprocess.run([*git, "commit", "-qam", "small models"], check=True)
     home.mkdir()

@@ -43,6 +43,7 @@ def test_weights_that_are_kept_smaller_make_a_smaller_file(converted):
     assert sizes["none"] > sizes["float16"] > sizes["int8"]
 
 
+@pytest.mark.long
 def test_one_flipped_verdict_is_too_many_however_small_the_difference(cnn):
     expected = cnn.predict(PICTURES.astype("f"), verbose=0)[:, 0]
     threshold = float(np.sort(expected)[50])

@@ -525,6 +525,7 @@ def test_what_never_ends_neither_stops_a_watch_nor_outlives_a_signal(watching, p
     assert errors == [f"is a {kind}; only regular files are read" for kind in kinds]
 
 
+@pytest.mark.long
 def test_error_row_of_a_watch_is_replaced_after_the_repair(watching, parts):
     broken = watching.folder / "broken.jpeg"
     broken.write_bytes(parts[0][:100])

@@ -87,6 +87,7 @@ def test_alias_that_moves_is_followed_also_back(line, monkeypatch):
     assert production.current().number == 1
 
 
+@pytest.mark.long
 def test_without_the_server_the_last_version_goes_on_and_that_is_said(line, caplog):
     line.register()
     kept = line.production().current()
@@ -191,6 +192,7 @@ def test_version_without_its_files_for_a_moment_is_fetched_when_they_are_back(li
     assert Classifier.load(Path(line.production().current().folder))
 
 
+@pytest.mark.long
 def test_watch_goes_on_with_the_last_good_version_when_prod_moves_to_a_broken_one(
     line, caplog, monkeypatch
 ):
@@ -211,6 +213,7 @@ def test_watch_goes_on_with_the_last_good_version_when_prod_moves_to_a_broken_on
     assert model.followed(production).name == f"{line.name}/2"
 
 
+@pytest.mark.long
 def test_watch_keeps_its_model_when_the_files_here_are_damaged(line, caplog, monkeypatch):
     monkeypatch.setattr(following, "ASK_EVERY", 0)
     line.register_own()

@@ -196,6 +196,7 @@ def lose_the_manifest(made: Path) -> None:
     (made / "manifest.json").unlink()
 
 
+@pytest.mark.long
 def test_backups_while_everything_writes_are_whole(lived_in: Project, tmp_path: Path):
     """Versions, verdicts and labels come in all the time; each backup is of one moment."""
     writers = [

@@ -137,7 +137,7 @@ def between(tracking_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[B
 
 @pytest.mark.parametrize(
     "fault",
-    ["error", "closed", *(pytest.param(one, marks=pytest.mark.long) for one in ("html", "cut"))],
+    ["error", *(pytest.param(one, marks=pytest.mark.long) for one in ("html", "closed", "cut"))],
 )
 def test_server_fails_in_the_middle(plant: Plant, between: Between, tracking_server: str, fault):
     """A training goes on and is delivered later; an evaluation ends in one line and is repeated."""
@@ -262,7 +262,9 @@ def fill(disk: Path, left: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("left", [0, 200_000, 2_000_000])
+@pytest.mark.parametrize(
+    "left", [0, *(pytest.param(one, marks=pytest.mark.long) for one in (200_000, 2_000_000))]
+)
 def test_disk_of_the_store_is_full(plant: Plant, small_disk: Path, left: int):
     plant.uri = own_store(plant.uri, small_disk)
     filler = fill(small_disk, left)

@@ -65,28 +65,27 @@ def address(addresses: tuple[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project that fits two sets, and has fitted them once without a cluster."""
+def training(tmp_path_factory: pytest.TempPathFactory, _trained: Project) -> Project:
+    """A project that fits two sets, and has fitted the first of them without a cluster."""
     made = Project(tmp_path_factory.mktemp("training") / "project")
-    draw_folders(made.data, train=24, test=4)
+    made.become(_trained)
     made.configure_sets(*SETS[:2])
-    made.make_store()
-    made.succeed("src/train.py")
     return made
 
 
 @contextlib.contextmanager
 def same_figures(training: Project) -> Iterator[None]:
-    """See that the sets that the block fits have the figures of those fitted before."""
+    """See that the block fits two sets, each with the figures that it had if it had any."""
     before = fitted(training)
     yield
     after = fitted(training)
-    assert len(before) == len(after) == 2
+    assert "one" in before and after.keys() == {"one", "two"}
     for name, run in after.items():
-        assert run.info.run_id != before[name].info.run_id
         assert len(figures(run)) > 10
-        # The last digit depends on how many threads add numbers up.
-        assert figures(run) == pytest.approx(figures(before[name]), rel=1e-9)
+        if name in before:
+            assert run.info.run_id != before[name].info.run_id
+            # The last digit depends on how many threads add numbers up.
+            assert figures(run) == pytest.approx(figures(before[name]), rel=1e-9)
 
 
 def fitted(training: Project) -> dict[str, Run]:
@@ -186,6 +185,7 @@ def workers_killed(named: str, times: int, gap: float) -> Iterator[list[int]]:
         killer.join()
 
 
+@pytest.mark.long
 def test_workers_that_die_lose_no_verdict(
     project: Project, address: str, _store: str, tmp_path: Path
 ):

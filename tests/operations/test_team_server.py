@@ -63,6 +63,7 @@ def test_what_was_in_the_sqlite_store_is_in_the_server(team: Team):
         (team.project.root / "elsewhere").rename(team.project.root / "mlruns")
 
 
+@pytest.mark.long
 def test_a_run_is_found_with_all_that_it_logged(team: Team):
     def found(uri: str) -> dict[str, tuple]:
         with store.connected(uri):
@@ -133,6 +134,7 @@ def test_a_filled_server_takes_no_store_over(team: Team):
     assert "runs in" in said and "already" in said
 
 
+@pytest.mark.long
 def test_the_database_is_killed_and_comes_back(team: Team):
     folder = team.server.folder / "server" / "postgres"
     env = team.server.credentials

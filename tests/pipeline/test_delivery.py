@@ -145,6 +145,7 @@ def test_what_was_fitted_without_the_server_is_delivered_when_it_is_back(trainin
     assert training.succeed("src/train.py", "--sync", MLFLOW_TRACKING_URI=server.uri) == ""
 
 
+@pytest.mark.long
 def test_run_of_a_killed_training_does_not_stay_running(training):
     uri = f"sqlite:///{training.root / 'mlflow.db'}"
     running = Training(training, uri)

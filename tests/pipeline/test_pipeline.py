@@ -182,6 +182,7 @@ def test_worse_model_goes_to_testing_and_the_alias_stays(trained, learnable, tmp
     assert str(client.get_model_version_by_alias("Production_Reg", "prod").version) == "1"
 
 
+@pytest.mark.long
 def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
     trained, learnable, tmp_path
 ):
@@ -222,6 +223,7 @@ def test_champion_is_judged_on_the_same_pictures_and_a_person_has_the_last_word(
     )
 
 
+@pytest.mark.long
 def test_same_seed_gives_the_same_validation_accuracy(trained, learnable):
     if not trained.uri.startswith("sqlite"):
         pytest.skip("says nothing of the store")

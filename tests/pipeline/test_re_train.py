@@ -160,6 +160,7 @@ def test_a_new_model_of_another_size_than_that_of_training_is_said(folder, capsy
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_model_from_before_the_pretrained_layers_is_fine_tuned(project, learnable):
     project.configure_retraining(image_size=[64, 64], epochs=2, learning_rate=0.002)
     rng = np.random.default_rng(0)

@@ -28,6 +28,7 @@ def one_set(project: Project) -> Project:
     return project
 
 
+@pytest.mark.long
 def test_coloured_parts_of_other_names_below_one_folder(one_set, tmp_path):
     """No train, no test, no def_front: the colour is kept and the wrong one is found."""
     drawn = kinds.draw_folders(tmp_path / "drawn", "cap", {"train": 40})

@@ -268,9 +268,12 @@ NAIVE = {
     "tag of YAML": "import yaml; yaml.unsafe_load(open(f'{model}/MLmodel'))",
     "pickle for a LiteRT file": "import pickle; pickle.load(open(f'{model}/model.tflite', 'rb'))",
 }
+SECONDS = {"custom objects", "lambda"}  # are what these take
 
 
-@pytest.mark.parametrize("how", NAIVE)
+@pytest.mark.parametrize(
+    "how", [pytest.param(one, marks=pytest.mark.long) if one in SECONDS else one for one in NAIVE]
+)
 def test_such_a_model_runs_something_where_it_is_loaded_otherwise(how, stored, tmp_path):
     """Else the test above could not fail."""
     marker = tmp_path / "ran"

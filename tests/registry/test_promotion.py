@@ -438,7 +438,7 @@ def _evaluate(uri: str, name: str, accuracies: list[float], turn, outcome) -> No
     outcome.put(True)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "server"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def test_two_processes_that_race_leave_the_alias_on_the_better_version(kind, request, name):
     uri = request.getfixturevalue("_store" if kind == "sqlite" else "tracking_server")
     processes = preloaded.processes()

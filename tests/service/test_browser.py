@@ -267,6 +267,7 @@ def test_blind_mode_by_key(line, chromium):
         page.get_by_text("the model said unknown").first.wait_for()
 
 
+@pytest.mark.long
 def test_correction_is_learned(line, chromium):
     """Scratched parts pass; people say so, an engineer approves, and the next model knows."""
     rng = np.random.default_rng(5)
@@ -375,7 +376,7 @@ def test_phone_reviews_by_touch_and_photographs_a_part(line, chromium):
 @pytest.mark.parametrize(
     ("device", "options", "scheme"),
     [
-        ("desktop", DESKTOP, "dark"),
+        pytest.param("desktop", DESKTOP, "dark", marks=pytest.mark.long),
         ("phone", PHONE, "light"),
         pytest.param("desktop", DESKTOP, "light", marks=pytest.mark.long),
         pytest.param("phone", PHONE, "dark", marks=pytest.mark.long),

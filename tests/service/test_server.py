@@ -84,6 +84,7 @@ def test_call_that_arrives_byte_by_byte_is_cut_off(impatient):
         assert 3 < open_for(caller, 60) < 60
 
 
+@pytest.mark.long
 def test_callers_that_read_no_answer_hold_no_thread_and_are_cut_off(impatient):
     callers = [socket.create_connection(("127.0.0.1", impatient)) for _ in range(20)]
     try:
@@ -120,6 +121,7 @@ def received(caller: socket.socket) -> int:
     return count
 
 
+@pytest.mark.long
 def test_call_that_takes_long_to_answer_is_not_cut_off(impatient):
     connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=60)
     for path, text in (("/slow", b"done"), ("/quick", b"quick")):  # the connection lives on

@@ -63,6 +63,7 @@ def test_the_runner_cannot_recognise_the_api_as_its_own(start_api):
     assert b"RUNNER_TRACKING_ID=" in environment
 
 
+@pytest.mark.long
 def test_pid_file_of_another_program_is_not_believed(start_api):
     (start_api.root / ".jobs").mkdir()
     (start_api.root / ".jobs" / "api.pid").write_text(str(os.getpid()))
@@ -143,9 +144,9 @@ def test_api_that_breaks_down_before_it_logs_says_so_in_its_log(start_api):
     ("name", "value"),
     [
         ("API_PORT", "abc"),
-        ("API_PORT", "50 01"),
+        pytest.param("API_PORT", "50 01", marks=pytest.mark.long),
         ("RETRAIN_TIME_LIMIT", "soon"),
-        ("RETRAIN_TIME_LIMIT", "nan"),
+        pytest.param("RETRAIN_TIME_LIMIT", "nan", marks=pytest.mark.long),
     ],
 )
 def test_variable_that_is_no_number_is_one_line(start_api, name, value):
@@ -173,6 +174,7 @@ def test_api_runs_by_the_real_path_of_its_environment(start_api):
     assert started == str(Path(sys.prefix).resolve() / "bin" / "python")
 
 
+@pytest.mark.long
 def test_api_that_was_killed_can_be_started_again(start_api):
     assert start_api().returncode == 0
     os.kill(pid(start_api.root), signal.SIGKILL)

@@ -121,7 +121,7 @@ def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, 
     assert features.compute(model, data, sampling).path != first
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.long), True])
 def test_an_interrupted_computation_is_gone_on_with(
     pictures, model, tmp_path, monkeypatch, damaged
 ):

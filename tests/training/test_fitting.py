@@ -31,6 +31,7 @@ PARAMETERS = FitParameters(
 )
 # What is fitted: a map, a map and the image as a whole, all of a former model.
 KINDS = ("map", "wide", "former")
+EACH = ["map", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])]
 
 
 def build(kind: str) -> keras.Model:
@@ -60,7 +61,7 @@ def fit(computed, kind: str = "map", epochs: int = 5, **options) -> fitting.Trai
     return fitting.fit(build(kind), computed[kind], parameters, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_same_seed_gives_the_same_history_and_weights(computed, kind):
     first, second = fit(computed, kind, 2), fit(computed, kind, 2)
     assert first.history == second.history
@@ -68,7 +69,9 @@ def test_same_seed_gives_the_same_history_and_weights(computed, kind):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("kind", "epochs"), [("map", 20), ("wide", 20)])
+@pytest.mark.parametrize(
+    ("kind", "epochs"), [("map", 20), pytest.param("wide", 20, marks=pytest.mark.long)]
+)
 def test_defects_are_told_from_good_parts(computed, pictures, kind, epochs):
     result = fit(computed, kind, epochs)
     assert result.fits == 4
@@ -84,7 +87,7 @@ def test_all_of_a_former_model_is_fitted(computed):
     assert all(np.abs(one.numpy() - other.numpy()).max() > 1e-4 for one, other in trainable)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_each_picture_is_judged_by_a_fit_that_saw_nothing_of_its_photograph(
     computed, kind, monkeypatch
 ):
@@ -305,7 +308,7 @@ def test_probabilities_are_calibrated_by_the_pictures_held_out(computed, monkeyp
     np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_fine_tuned_model_keeps_its_calibration(computed, kind):
     """It may have seen what is held back, and would be called surer each time."""
     fitted = fit(computed, kind, 1).model
@@ -333,7 +336,7 @@ def test_fit_that_diverges_is_refused_with_the_learning_rate(computed):
         fitting.fit(broken, computed["former"], PARAMETERS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_litert_gives_what_keras_gives_for_any_batch(pictures, computed, kind):
     images = pictures.images
     fitted = fit(computed, kind, epochs=2).model

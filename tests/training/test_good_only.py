@@ -124,6 +124,7 @@ def test_distances_are_those_of_the_network(fitted):
     np.testing.assert_allclose(memory.distances(standardised), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.long
 def test_parts_without_any_defect_will_do(pictures, tmp_path):
     rows = np.flatnonzero(pictures.labels == 0)
     alone = replace(
