@@ -44,7 +44,7 @@ ROOT = settings.ROOT
 # Models of tests enlarge an image to this shorter side only, and take half the time.
 SIDE, NETWORK = 96, Path("defect_detection", "training", "network.py")
 
-# A shell ignores it for what it runs in the background, and so would the scripts of the tests.
+# A shell starts background jobs with SIGINT ignored, and the scripts of the tests would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure.
@@ -341,6 +341,11 @@ class Project:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("error: "), done.stderr
         return last
+
+
+def long(*values: object):
+    """Mark a set of parameters that only `make test-all` tries."""
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def resident() -> float:

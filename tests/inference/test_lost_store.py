@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backends import backend, client
-from conftest import draw_folders
+from conftest import draw_folders, long
 from defect_detection import PipelineError
 from defect_detection.inference.production import Production
 from defect_detection.registry import store as stores
@@ -27,7 +27,7 @@ LOST = {
         sqlite3.connect(path).execute("create table parts (name)").connection.close(),
     ),
 }
-ALIKE = {"empty", "zeroed", "folder"}  # are seen as others are
+NO_DATABASE = {"empty", "zeroed", "folder"}  # like "zeroed behind its head", which make test tries
 
 
 @pytest.fixture
@@ -57,9 +57,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
     return [(str(path), path.lstat().st_size) for path in sorted(folder.rglob("*"))]
 
 
-@pytest.mark.parametrize(
-    "lost", [pytest.param(one, marks=pytest.mark.long) if one in ALIKE else one for one in LOST]
-)
+@pytest.mark.parametrize("lost", [long(one) if one in NO_DATABASE else one for one in LOST])
 def test_lost_store_leaves_the_version_that_was_kept(asked, lost, caplog):
     LOST[lost](asked.database)
     before = listing(asked.database.parent)

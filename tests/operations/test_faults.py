@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import draw_folders, wait_for
+from conftest import draw_folders, long, wait_for
 from defect_detection import PipelineError, StoreError
 from defect_detection.registry import promotion, store, versions
 from plant import FAULTS, SETS, Plant, in_a_process, seconds_of
@@ -137,7 +137,7 @@ def between(tracking_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[B
 
 @pytest.mark.parametrize(
     "fault",
-    ["error", *(pytest.param(one, marks=pytest.mark.long) for one in ("html", "closed", "cut"))],
+    ["error", *(long(one) for one in ("html", "closed", "cut"))],
 )
 def test_server_fails_in_the_middle(plant: Plant, between: Between, tracking_server: str, fault):
     """A training goes on and is delivered later; an evaluation ends in one line and is repeated."""
@@ -262,9 +262,7 @@ def fill(disk: Path, left: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize(
-    "left", [0, *(pytest.param(one, marks=pytest.mark.long) for one in (200_000, 2_000_000))]
-)
+@pytest.mark.parametrize("left", [0, *(long(one) for one in (200_000, 2_000_000))])
 def test_disk_of_the_store_is_full(plant: Plant, small_disk: Path, left: int):
     plant.uri = own_store(plant.uri, small_disk)
     filler = fill(small_disk, left)

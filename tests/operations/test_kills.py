@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from conftest import Project
+from conftest import Project, long
 from defect_detection.operations import backup
 from defect_detection.pipeline.best_model import BestModel
 from defect_detection.registry import saved_model, store
@@ -83,7 +83,7 @@ FITTING = {"train", "evaluation", "re_train"}
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(one, marks=pytest.mark.long) if one in FITTING else one for one in CALLS],
+    [long(one) if one in FITTING else one for one in CALLS],
 )
 def test_a_script_is_killed_at_any_moment(trained: Project, tmp_path: Path, script: str):
     call, chance = CALLS[script], random.Random(7)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from conftest import ROOT, SETS, Project, draw_folders, draw_part, wait_for
+from conftest import ROOT, SETS, Project, draw_folders, draw_part, long, wait_for
 from defect_detection.registry import saved_model, versions
 from defect_detection.runtime.classifier import Classifier
 
@@ -22,7 +22,7 @@ SCRIPTS = ("src/train.py", "src/evaluation.py", "src/inference.py")
 
 @pytest.fixture(
     scope="module",
-    params=["sqlite:///mlflow.db", pytest.param("server", marks=pytest.mark.long)],
+    params=["sqlite:///mlflow.db", long("server")],
 )
 def trained(request, tmp_path_factory, learnable):
     """The project after `train.py` and `evaluation.py`, for each kind of store."""

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from conftest import long
 from defect_detection import PipelineError
 from defect_detection.inference import fetch
 from defect_detection.inference.production import Source
@@ -268,12 +269,10 @@ NAIVE = {
     "tag of YAML": "import yaml; yaml.unsafe_load(open(f'{model}/MLmodel'))",
     "pickle for a LiteRT file": "import pickle; pickle.load(open(f'{model}/model.tflite', 'rb'))",
 }
-SECONDS = {"custom objects", "lambda"}  # are what these take
+SLOW = {"custom objects", "lambda"}  # to load
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(one, marks=pytest.mark.long) if one in SECONDS else one for one in NAIVE]
-)
+@pytest.mark.parametrize("how", [long(one) if one in SLOW else one for one in NAIVE])
 def test_such_a_model_runs_something_where_it_is_loaded_otherwise(how, stored, tmp_path):
     """Else the test above could not fail."""
     marker = tmp_path / "ran"

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 import preloaded
+from conftest import long
 from defect_detection import PipelineError
 from defect_detection.registry import promotion, store, versions
 from defect_detection.registry.promotion import Election
@@ -438,7 +439,7 @@ def _evaluate(uri: str, name: str, accuracies: list[float], turn, outcome) -> No
     outcome.put(True)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["sqlite", long("server")])
 def test_two_processes_that_race_leave_the_alias_on_the_better_version(kind, request, name):
     uri = request.getfixturevalue("_store" if kind == "sqlite" else "tracking_server")
     processes = preloaded.processes()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import Project, Server, draw_folders, draw_part, encoded, wait_for
+from conftest import Project, Server, draw_folders, draw_part, encoded, long, wait_for
 from defect_detection.service.verdicts import Verdicts
 
 playwright = pytest.importorskip(
@@ -376,10 +376,10 @@ def test_phone_reviews_by_touch_and_photographs_a_part(line, chromium):
 @pytest.mark.parametrize(
     ("device", "options", "scheme"),
     [
-        pytest.param("desktop", DESKTOP, "dark", marks=pytest.mark.long),
+        long("desktop", DESKTOP, "dark"),
         ("phone", PHONE, "light"),
-        pytest.param("desktop", DESKTOP, "light", marks=pytest.mark.long),
-        pytest.param("phone", PHONE, "dark", marks=pytest.mark.long),
+        long("desktop", DESKTOP, "light"),
+        long("phone", PHONE, "dark"),
     ],
 )
 def test_every_page_is_accessible(line, chromium, device, options, scheme):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Project, free_port, wait_for
+from conftest import ROOT, Project, free_port, long, wait_for
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def test_api_that_breaks_down_before_it_logs_says_so_in_its_log(start_api):
     ("name", "value"),
     [
         ("API_PORT", "abc"),
-        pytest.param("API_PORT", "50 01", marks=pytest.mark.long),
+        long("API_PORT", "50 01"),
         ("RETRAIN_TIME_LIMIT", "soon"),
-        pytest.param("RETRAIN_TIME_LIMIT", "nan", marks=pytest.mark.long),
+        long("RETRAIN_TIME_LIMIT", "nan"),
     ],
 )
 def test_variable_that_is_no_number_is_one_line(start_api, name, value):

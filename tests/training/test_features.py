@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conftest import draw_part, drawn_dataset, former_cnn, resident, small_cnn
+from conftest import draw_part, drawn_dataset, former_cnn, long, resident, small_cnn
 from defect_detection import PipelineError
 from defect_detection.dataset.split import Dataset
 from defect_detection.runtime import preprocessing
@@ -121,7 +121,7 @@ def test_what_they_depend_on_names_them(pictures, model, tmp_path, monkeypatch, 
     assert features.compute(model, data, sampling).path != first
 
 
-@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("damaged", [long(False), True])
 def test_an_interrupted_computation_is_gone_on_with(
     pictures, model, tmp_path, monkeypatch, damaged
 ):

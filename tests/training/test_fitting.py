@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import logit
 
-from conftest import draw_part, drawn_dataset, former_cnn, small_cnn
+from conftest import draw_part, drawn_dataset, former_cnn, long, small_cnn
 from defect_detection import PipelineError, settings
 from defect_detection.dataset.split import Dataset
 from defect_detection.runtime.classifier import MAP, PROBABILITY, Classifier
@@ -31,7 +31,7 @@ PARAMETERS = FitParameters(
 )
 # What is fitted: a map, a map and the image as a whole, all of a former model.
 KINDS = ("map", "wide", "former")
-EACH = ["map", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])]
+EACH = ["map", *(long(kind) for kind in KINDS[1:])]
 
 
 def build(kind: str) -> keras.Model:
@@ -69,9 +69,7 @@ def test_same_seed_gives_the_same_history_and_weights(computed, kind):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("kind", "epochs"), [("map", 20), pytest.param("wide", 20, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("kind", "epochs"), [("map", 20), long("wide", 20)])
 def test_defects_are_told_from_good_parts(computed, pictures, kind, epochs):
     result = fit(computed, kind, epochs)
     assert result.fits == 4
