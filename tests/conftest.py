@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -306,18 +307,38 @@ class Project:
         Raises:
             subprocess.TimeoutExpired: it was not done within some seconds, and was killed.
         """
-        command, folder = [str(self.root / script), *map(str, arguments)], cwd or self.root
-        env = self.environment() | env
+        call = self._call(script, *arguments, **env)
+        call = replace(call, folder=cwd or self.root)
         if sys.platform == "linux":
-            return preloaded.run(preloaded.Call(command, folder, env), within)
+            return preloaded.run(call, within)
         return subprocess.run(
-            [sys.executable, *command],
-            cwd=folder,
-            env=env,
+            [sys.executable, *call.arguments],
+            cwd=call.folder,
+            env=call.env,
             capture_output=True,
             text=True,
             timeout=within,
         )
+
+    def start(
+        self, log: Path, script: str, *arguments: object
+    ) -> preloaded.Started | subprocess.Popen:
+        """Start a script in the project's folder; append what it writes to a file."""
+        call = self._call(script, *arguments)
+        with log.open("a") as file:
+            if sys.platform == "linux":
+                return preloaded.Started(call, log, log)
+            return subprocess.Popen(
+                [sys.executable, *call.arguments],
+                cwd=call.folder,
+                env=call.env,
+                stdout=file,
+                stderr=file,
+            )
+
+    def _call(self, script: str, *arguments: object, **env: str) -> preloaded.Call:
+        command = [str(self.root / script), *map(str, arguments)]
+        return preloaded.Call(command, self.root, self.environment() | env)
 
     @staticmethod
     def environment() -> dict[str, str]:
@@ -399,14 +420,9 @@ class Server:
         self.open_path = "/retrain"  # that answers without a token
 
     def start(self) -> None:
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "api.py", "--port", str(self.port), "--host", "127.0.0.1"],
-                cwd=self.project.root,
-                env=self.project.environment(),
-                stdout=log,
-                stderr=log,
-            )
+        self.process = self.project.start(
+            self.log, "api.py", "--port", self.port, "--host", "127.0.0.1"
+        )
         wait_for(self.answers)
 
     def answers(self) -> bool:

@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,14 @@ LIBRARIES = [
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.tensorflow",
     "tensorflow",
+    "sklearn.linear_model",
     "sklearn.metrics",
     "matplotlib.pyplot",
+    "ai_edge_litert.interpreter",
+    "git",
+    "jinja2",
+    "mlflow.tracing.processor.base_mlflow",
+    "warmed",
 ]
 
 
@@ -46,6 +53,43 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+class Started:
+    """A script that runs, with what the tests use of `subprocess.Popen`.
+
+    Args:
+        call: of the script.
+        out, err: files for what it writes; it is appended to them.
+    """
+
+    def __init__(self, call: Call, out: Path, err: Path):
+        self.call = call
+        # A daemon is killed when the tests end and have not ended it.
+        self._process = processes().Process(
+            target=_become, args=(call, (str(out), str(err))), daemon=True
+        )
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self.call.arguments, timeout)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 def run(call: Call, seconds: float) -> subprocess.CompletedProcess:
     """Run a script; return its exit status and what it wrote.
 
@@ -53,22 +97,23 @@ def run(call: Call, seconds: float) -> subprocess.CompletedProcess:
         subprocess.TimeoutExpired: it took longer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [os.path.join(folder, name) for name in ("out", "err")]
-        process = processes().Process(target=_become, args=(call, outputs))
-        process.start()
-        process.join(seconds)
-        if process.exitcode is None:
+        outputs = [Path(folder, name) for name in ("out", "err")]
+        process = Started(call, *outputs)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(call.arguments, seconds)
-        wrote = [Path(output).read_text() for output in outputs]
-    return subprocess.CompletedProcess(call.arguments, process.exitcode, *wrote)
+            process.wait()
+            raise
+        wrote = [output.read_text() for output in outputs]
+    return subprocess.CompletedProcess(call.arguments, status, *wrote)
 
 
-def _become(call: Call, outputs: list[str]) -> None:
+def _become(call: Call, outputs: tuple[str, str]) -> None:
     """Be a process that was started with a script."""
+    multiprocessing.current_process().daemon = False  # a daemon may start no processes
     for number, output in zip((1, 2), outputs, strict=True):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m) for n, m in ((0, "r"), (1, "w"), (2, "w")))
     os.environ.clear()
