@@ -26,7 +26,6 @@ from conftest import (
     files_of,
     free_port,
     log_model,
-    long,
     small_cnn,
     wait_for,
     within,
@@ -67,7 +66,15 @@ def address(addresses: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory, _trained: Project) -> Project:
-    """A project that fits two sets, and has fitted them once without a cluster."""
+    """A project that has fitted its set without a cluster."""
+    made = Project(tmp_path_factory.mktemp("training") / "project")
+    made.become(_trained)
+    return made
+
+
+@pytest.fixture(scope="module")
+def training_two(tmp_path_factory: pytest.TempPathFactory, _trained: Project) -> Project:
+    """A project that has fitted two sets without a cluster."""
     made = Project(tmp_path_factory.mktemp("training") / "project")
     made.become(_trained)
     made.configure_sets(*SETS[:2])
@@ -76,12 +83,12 @@ def training(tmp_path_factory: pytest.TempPathFactory, _trained: Project) -> Pro
 
 
 @contextlib.contextmanager
-def same_figures(training: Project) -> Iterator[None]:
+def same_figures(training: Project, sets: int) -> Iterator[None]:
     """See that the sets that the block fits have the figures of those fitted before."""
     before = fitted(training)
     yield
     after = fitted(training)
-    assert len(before) == len(after) == 2
+    assert len(before) == len(after) == sets
     for name, run in after.items():
         assert run.info.run_id != before[name].info.run_id
         assert len(figures(run)) > 10
@@ -97,12 +104,16 @@ def fitted(training: Project) -> dict[str, Run]:
     return {run.info.run_name: run for run in reversed(of_sets)}
 
 
-@pytest.mark.parametrize("number", [0, long(1)])
-def test_sets_give_the_same_figures_on_a_cluster(
-    training: Project, addresses: tuple[str, str], number: int
-):
-    with same_figures(training):
-        training.succeed("src/train.py", "--ray", addresses[number])
+def test_a_set_gives_the_same_figures_on_a_cluster(training: Project, address: str):
+    with same_figures(training, sets=1):
+        training.succeed("src/train.py", "--ray", address)
+
+
+@pytest.mark.long
+def test_sets_give_the_same_figures_on_a_cluster(training_two: Project, addresses: tuple[str, str]):
+    for address in addresses:
+        with same_figures(training_two, sets=2):
+            training_two.succeed("src/train.py", "--ray", address)
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -350,10 +361,10 @@ def hosts():
 
 
 @pytest.mark.long
-def test_two_hosts_give_the_same_figures(training: Project, hosts: Hosts):
-    script = training.root / "src" / "train.py"
-    command, env = [sys.executable, script, "--ray", hosts.address], training.environment()
-    with same_figures(training):
+def test_two_hosts_give_the_same_figures(training_two: Project, hosts: Hosts):
+    script = training_two.root / "src" / "train.py"
+    command, env = [sys.executable, script, "--ray", hosts.address], training_two.environment()
+    with same_figures(training_two, sets=2):
         done = hosts.run(command, env | hosts.token)
         assert done.returncode == 0, done.stderr
     done = hosts.run(command, env | {"RAY_AUTH_MODE": "disabled"})
