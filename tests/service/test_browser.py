@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import Project, Server, draw_folders, draw_part, encoded, long, wait_for
+from conftest import Project, Server, draw_part, encoded, long, wait_for
 from defect_detection.service.verdicts import Verdicts
 
 playwright = pytest.importorskip(
@@ -66,28 +64,18 @@ class Line:
         self.server = Server(self.project, root / "api.log")
         self.arriving = root / "arriving"
         self.arriving.mkdir()
-        self.watch: subprocess.Popen | None = None
+        self.watch = None
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server.port}"
 
-    def train(self) -> None:
-        self.project.make_store()
-        draw_folders(self.project.data, train=60, test=10)
-        self.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
-        self.project.succeed("src/train.py")
-        self.project.succeed("src/evaluation.py")
-
     def begin(self) -> None:
         self.server.start()
         wait_for(lambda: self.health()["model"])
-        command = [sys.executable, "src/inference.py", "--watch", str(self.arriving)]
-        with (self.arriving.parent / "watch.log").open("w") as log:
-            self.watch = subprocess.Popen(
-                command, cwd=self.project.root, env=self.project.environment(), stderr=log
-            )
-        wait_for(lambda: "Watching" in (self.arriving.parent / "watch.log").read_text())
+        log = self.arriving.parent / "watch.log"
+        self.watch = self.project.start(log, "src/inference.py", "--watch", self.arriving)
+        wait_for(lambda: "Watching" in log.read_text())
 
     def health(self) -> dict:
         return self.server.call("GET", "/health")[1]
@@ -112,10 +100,11 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
+def line(tmp_path_factory, _trained):
     made = Line(tmp_path_factory.mktemp("line"))
+    made.project.become(_trained)
+    made.project.configure(lambda config: config.update(line={"audit_share": 0.0}))
     try:
-        made.train()
         made.begin()
         yield made
     finally:
@@ -301,10 +290,10 @@ def test_correction_is_learned(line, chromium):
         page.goto("/models")
         told = page.locator("tbody tr").first.inner_text()
         assert re.search("escapes . of ", told) and "not released" not in told, told
-        page.get_by_label("Why version 2").fill("knows scratches")
-        page.get_by_role("button", name="Promote version 2").click()
+        page.get_by_label("Why version 3").fill("knows scratches")
+        page.get_by_role("button", name="Promote version 3").click()
         page.locator("tr", has_text="knows scratches").wait_for()
-        wait_for(lambda: line.health()["model"] == "Production_Reg/2", 30)
+        wait_for(lambda: line.health()["model"] == "Production_Reg/3", 30)
         page.goto("/line")
         sides = (line.project.data / "field" / "split.csv").read_text()
         learned = [name for name, part in parts.items() if f"{file_of(line, part)},train" in sides]
