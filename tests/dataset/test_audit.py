@@ -307,8 +307,9 @@ def test_missing_folders_are_one_line(project, tmp_path):
     assert "holds no folder of ok_front" in last
 
 
-def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, tmp_path):
-    data = draw_folders(tmp_path / "pictures", train=40, test=10)
+def test_leakage_is_said_and_logged_by_training_evaluation_and_version(project, _trained):
+    data = shutil.copytree(_trained.root / "data", project.data)  # its features are known
+    project.make_store()
     for name in ("def_front", "ok_front"):
         for number in range(5):
             shutil.copy(data / "train" / name / f"part_00{number}.jpeg", data / "test" / name)
