@@ -78,7 +78,7 @@ def test_many_threads_get_what_one_gets(litert, parts):
         )
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(judge, [n % 33 for n in range(400)]))
+        assert all(pool.map(judge, [n % 33 for n in range(231)]))
 
 
 def test_calls_one_after_the_other_share_an_interpreter(litert, parts, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from flask import Flask
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import backend
@@ -100,6 +100,7 @@ def test_folders_and_files_with_other_names_are_no_jobs(tmp_path, name):
         assert client.get(f"/retrain/{job_id}").status_code == 404
 
 
+@settings(max_examples=40)
 @given(name=st.sampled_from(sorted(FILES)), content=st.binary(max_size=200), data=st.data())
 def test_no_content_of_a_file_makes_the_list_fail(tmp_path_factory, name, content, data):
     folder = tmp_path_factory.mktemp("jobs")

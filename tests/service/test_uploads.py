@@ -177,7 +177,7 @@ def test_api_keeps_to_its_openapi_document(api):
     pytest.importorskip("schemathesis", reason="needs 'pip install -r requirements-tests.txt'")
     command = [sys.executable, "-m", "schemathesis.cli", "run"]
     command += [f"http://127.0.0.1:{api.port}/openapi.json", "--no-color", "--seed", "1"]
-    command += ["--max-examples", str(max(20, UPLOADS // 20)), "--request-timeout", "60"]
+    command += ["--max-examples", str(max(10, UPLOADS // 40)), "--request-timeout", "60"]
     checks = ["not_a_server_error", "status_code_conformance", "content_type_conformance"]
     checks += ["response_schema_conformance"]
     command += ["--checks", ",".join(checks)]

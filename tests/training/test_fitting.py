@@ -161,7 +161,7 @@ def test_mean_of_the_fits_is_as_sure_as_they_are(computed, kind):
     assert slope == pytest.approx(1, abs=0.1) and shift == pytest.approx(0, abs=0.1)
 
 
-@pytest.mark.parametrize("kind", ["map", "wide"])
+@pytest.mark.parametrize("kind", EACH[:2])
 def test_what_is_pretrained_stays(computed, kind):
     before = [weight.copy() for weight in build(kind).get_layer("pretrained").get_weights()]
     fitted = fit(computed, kind, 2).model
@@ -202,7 +202,7 @@ def test_a_wide_model_learns_from_gentle_variants_and_images_as_they_are(compute
     np.testing.assert_array_equal(fitting._chosen(told, False), np.flatnonzero(told.varied))
 
 
-@pytest.mark.parametrize("kind", ["map", "wide"])
+@pytest.mark.parametrize("kind", EACH[:2])
 def test_features_are_standardised_once(computed, kind):
     fitted = fit(computed, kind, 1).model
     layer = fitted.get_layer(network.STANDARDISED)
