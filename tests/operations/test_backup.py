@@ -7,7 +7,9 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from datetime import datetime, timezone
 from pathlib import Path
+from unittest import mock
 
 import mlflow
 import pytest
@@ -18,7 +20,7 @@ from defect_detection import PipelineError
 from defect_detection.dataset.inbox import Inbox, Seen
 from defect_detection.inference.judge import Item, NamedModel, judge
 from defect_detection.inference.verdict_log import Origin, Rules, VerdictLog
-from defect_detection.operations import backup
+from defect_detection.operations import backup, tracking_server
 from defect_detection.registry import saved_model, store, versions
 from plant import kept_training
 
@@ -93,6 +95,24 @@ def test_a_backup_to_nowhere_is_refused(project: Project):
     """As 'make backup' without TO asks for."""
     done = project.run("src/backup.py", "--to", "")
     assert done.returncode == 2 and "no folder is named" in done.stderr
+
+
+def test_a_backup_that_is_killed_hinders_none_of_the_same_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = datetime.now(timezone.utc)
+    monkeypatch.setattr(backup, "datetime", mock.Mock(**{"now.return_value": now}))
+    env = {"SERVER_PATH": str(tmp_path / "server")}
+    nothing = [tmp_path / name for name in ("data", "line", "jobs", "cache", "best_model.json")]
+    here = backup.Locations(tmp_path, "sqlite:///nowhere", *nothing, tracking_server.chosen(env))
+    with monkeypatch.context() as killed:
+        killed.setattr(backup.shutil, "rmtree", lambda *_, **__: None)
+        killed.setattr(backup, "_write_manifest", mock.Mock(side_effect=OSError(5, "killed")))
+        with pytest.raises(PipelineError, match="killed. No backup was made"):
+            backup.make(here, tmp_path / "backups")
+    (left,) = (tmp_path / "backups").iterdir()
+    assert backup.make(here, tmp_path / "backups").folder.is_dir()
+    assert left.exists()  # until it is a day old
 
 
 def test_nothing_is_restored_over_something_or_from_a_damaged_backup(

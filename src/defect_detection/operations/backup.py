@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -126,10 +127,11 @@ def make(here: Locations, to: Path) -> Backup:
     """
     now = datetime.now(timezone.utc)
     folder = to / f"{now:%Y%m%dT%H%M%SZ}"
-    partial = to / f".{folder.name}.partial"
     try:
+        to.mkdir(parents=True, exist_ok=True)
         _delete_partial(to)
-        partial.mkdir(parents=True, mode=0o700)  # it holds passwords
+        # Only its owner can read it: it holds passwords.
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=to))
     except OSError as error:
         raise PipelineError(f"{to}: no backup can be made there ({error})") from error
     try:
