@@ -524,6 +524,8 @@ def bucket():
     server = moto.ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
+    # What other modules have put there is in this process.
+    urllib.request.urlopen(f"{address}/moto-api/reset", data=b"").close()
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "the-key-of-a-bucket"}
     with mock.patch.dict(os.environ, keys):
         s3 = boto3.client("s3", "us-east-1", endpoint_url=address)

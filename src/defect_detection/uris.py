@@ -37,7 +37,7 @@ def split(uri: str) -> tuple[str, str, str]:
 
 def place(uri: str) -> str:
     """Return what stays the same of the URI of a store when the password of a server changes."""
-    return split(uri)[0] if is_server(uri) else uri
+    return split(uri)[0].rstrip("/") if is_server(uri) else uri
 
 
 def name(uri: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import sqlalchemy
 
@@ -37,6 +38,7 @@ MANIFEST, FORMAT = "manifest.json", 1
 COMPANIONS = ("-wal", "-shm", "-journal")  # of a SQLite file; a copy needs none
 CHUNK = 1 << 20
 DAY = 86400  # seconds
+BEST_MODEL = "best_model.json"
 CONFIGURATION = ("src/config.yaml", "re_train/re_train.yaml", ".env", ".env.local")
 
 
@@ -73,7 +75,7 @@ class Locations:
             "line": self.line,
             "jobs": self.jobs,
             delivery.FOLDER: self.cache / delivery.FOLDER,
-            "best_model.json": self.best_model,
+            BEST_MODEL: self.best_model,
         }
 
 
@@ -137,8 +139,10 @@ def make(here: Locations, to: Path) -> Backup:
     try:
         backup = Backup(partial)
         parts = here.parts()
-        # What MLflow gets in the meantime is in both, and does no harm there.
-        backup.add(parts.pop(delivery.FOLDER), delivery.FOLDER)
+        # What MLflow gets in the meantime is in both, and does no harm there. The best model is
+        # named when MLflow has it, so the store that is copied later has it too.
+        for name in (delivery.FOLDER, BEST_MODEL):
+            backup.add(parts.pop(name), name)
         _add_store(backup, here)
         _add_server(backup, here.server)
         for name, source in parts.items():
@@ -174,7 +178,7 @@ def _add_store(backup: Backup, here: Locations) -> None:
                 f"The store {shown} is a folder, which has no state at one moment. Use "
                 f"sqlite:///mlflow.db, or copy the folder while nothing runs"
             )
-        if not (here.server.folder / SECRETS).exists():
+        if not _runs_here(here.server, here.store):
             backup.left_out.append(f"the store {shown}: run this on its machine too")
         return
     source = Path(here.store.removeprefix(uris.SQLITE))
@@ -191,6 +195,15 @@ def _add_store(backup: Backup, here: Locations) -> None:
         below = folder.relative_to(here.root) if folder.is_relative_to(here.root) else ""
         backup.places.append({"uri": uri, "to": str(below) or f"mlruns-{number}"})
         backup.add(folder, f"store/artifacts/{number}")
+
+
+def _runs_here(server: ServerPlan, store: str) -> bool:
+    """Return whether a store is the server of this machine; one with another name may be it too."""
+    address = urlsplit(store)
+    known = (address.hostname, address.port) in {
+        (name, server.port) for name in ("localhost", "127.0.0.1", "::1", *server.names)
+    }
+    return known and (server.folder / SECRETS).exists()
 
 
 def _add_server(backup: Backup, server: ServerPlan) -> None:

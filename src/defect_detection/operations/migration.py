@@ -8,6 +8,7 @@ from pathlib import Path
 from defect_detection import PipelineError, uris
 from defect_detection.operations import stores
 from defect_detection.operations.stores import Relocation
+from defect_detection.registry import runs, store
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def take_over(source: Path, root: Path, database: str, artifacts: str) -> TakenO
             )
         copied = Path(folder) / "mlflow.db"
         stores.copy_sqlite(source, copied)
+        with store.connected(f"{uris.SQLITE}{copied}"):
+            runs.end_all()  # what is open here goes on here, and never ends there
         with stores.opened(f"{uris.SQLITE}{copied}") as read:
             places, files, size = [], 0, 0
             for number, uri in enumerate(stores.local_places(read)):

@@ -133,7 +133,8 @@ def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
     """Hold the folder of a server for the block; yield its secrets and the URI of its database.
 
     Raises:
-        PipelineError: another server runs there, or its database does not start.
+        PipelineError: another server runs there, its database does not start, or one that was
+            given does not answer.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     # PostgreSQL, which another user runs if this one is root, must come through.
@@ -147,6 +148,10 @@ def own(plan: ServerPlan) -> Iterator[tuple[Secrets, str]]:
             raise PipelineError(f"A server runs in {plan.folder} already. Stop it first")
         known = Secrets.kept(plan.folder)
         if plan.database:
+            from defect_detection.operations import stores  # with all of MLflow
+
+            with stores.read(plan.database) as engine, engine.connect():
+                pass  # MLflow would try for minutes, and say less
             yield known, plan.database
             return
         with cluster(plan, known).running() as uri:
@@ -181,9 +186,11 @@ def run(plan: ServerPlan, env: Mapping[str, str], on_ready: Callable[[Secrets], 
         try:
             _wait(plan, child)
             on_ready(known)
+            socket = None if plan.database else cluster(plan, known).socket
             while child.poll() is None:
                 time.sleep(LOOK_EVERY)
-                _keep_running(plan, known)
+                if socket is not None:
+                    _keep_running(cluster(plan, known), socket)
             raise PipelineError(f"MLflow ended with exit code {child.returncode}; see above")
         finally:
             _stop(child)
@@ -194,14 +201,11 @@ def cluster(plan: ServerPlan, known: Secrets) -> Cluster:
     return Cluster(plan.folder / "postgres", known.database_password)
 
 
-def _keep_running(plan: ServerPlan, known: Secrets) -> None:
-    """Start the project's own database again if its process was killed; MLflow then goes on."""
-    if plan.database:
-        return
-    own_one = cluster(plan, known)
+def _keep_running(own_one: Cluster, socket: Path) -> None:
+    """Start the project's own database again if it was killed or stopped; MLflow then goes on."""
     if not own_one.runs():
         log.warning("The database had ended by itself and is started again")
-        own_one.start(own_one.socket)
+        own_one.start(socket)
 
 
 def _end_former(held: TextIO) -> None:

@@ -21,7 +21,7 @@ class BestModel:
         model_uri: the logged model, as MLflow loads it.
         val_accuracy: on held-out photographs, in [0, 1].
         data_digest: of the training images.
-        created_at: ISO 8601, UTC.
+        created_at: when the last set of the training was fitted, ISO 8601, UTC.
     """
 
     run_id: str
@@ -34,6 +34,14 @@ class BestModel:
         """Write the file atomically."""
         with replace_atomically(path) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def time_of(cls, path: Path) -> str:
+        """Return `created_at` of a file, "" if there is none that can be read."""
+        try:
+            return cls(**json.loads(path.read_text())).created_at
+        except (OSError, ValueError, TypeError):
+            return ""
 
     @classmethod
     def read(cls, path: Path, training: str) -> "BestModel":

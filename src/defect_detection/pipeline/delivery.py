@@ -50,13 +50,14 @@ class Training:
         purpose: what it is for.
         store: name of its tracking store, as `uris.name` gives it.
         trained: the sets that were fitted, by the names of their runs' folders.
+        fitted_at: when the last set was fitted, ISO 8601, UTC.
         finished: whether all of it is where it belongs.
     """
 
     def __init__(self, folder: Path, purpose: Purpose, store: str, trained: dict[str, Trained]):
         """Describe a training that is kept in a folder."""
         self.folder, self.purpose, self.store, self.trained = folder, purpose, store, trained
-        self.finished = False
+        self.fitted_at, self.finished = "", False
 
     @property
     def best(self) -> Trained:
@@ -70,11 +71,15 @@ class Training:
         with record.kept_run(self.folder / name, info) as kept:
             yield fitted
             self.trained.update((name, one) for one in fitted)
+            self.fitted_at = _now()
             self._write()
         self._know(name, kept.info)
 
-    def finish(self) -> str:
+    def finish(self, late: bool = False) -> str:
         """Send to MLflow what it lacks of the runs; write the file that names the best model.
+
+        Args:
+            late: whether another training may have written the file since; the later fit stays.
 
         Returns:
             What was written where, "" if no file is to be written.
@@ -98,12 +103,15 @@ class Training:
         if not self._names_best:
             self.finished = True
             return ""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        of, digest = self.best, self.purpose.data_digest
-        best = BestModel(of.run_id, of.model_uri, of.val_accuracy, digest, now)
-        best.write(Path(self.purpose.best_file))
+        of, digest, file = self.best, self.purpose.data_digest, Path(self.purpose.best_file)
+        fitted_at = self.fitted_at or _now()
+        if late and BestModel.time_of(file) > fitted_at:
+            log.warning("%s names a model that was fitted later, and stays", file)
+            self.finished = True
+            return ""
+        BestModel(of.run_id, of.model_uri, of.val_accuracy, digest, fitted_at).write(file)
         self.finished = True
-        return f"{of.name}, written to {self.purpose.best_file}"
+        return f"{of.name}, written to {file}"
 
     @property
     def _names_best(self) -> bool:
@@ -126,6 +134,7 @@ class Training:
     def _write(self) -> None:
         trained = {name: asdict(one) for name, one in self.trained.items()}
         kept = {"purpose": asdict(self.purpose), "store": self.store, "trained": trained}
+        kept["fitted_at"] = self.fitted_at
         with replace_atomically(self.folder / TRAINING) as temporary:
             temporary.write_text(json.dumps(kept))
 
@@ -148,7 +157,7 @@ def deliver_all(cache: Path, strict: bool = False) -> None:
     """Deliver what former trainings left for the connected store, and print what was delivered.
 
     Trainings of processes that are still running are left alone, and so are those for other
-    stores. What MLflow does not take is kept, with a warning.
+    stores, which `strict` names. What MLflow does not take is kept, with a warning.
 
     Args:
         cache: as for `training`.
@@ -163,10 +172,14 @@ def deliver_all(cache: Path, strict: bool = False) -> None:
         # Another process may have just delivered and deleted the folder.
         with locks.held(folder / LOCK, make=True) as free:
             former = _read(folder) if free else None
-            if former is None or former.store != store.connected_name():
+            if former is None:
+                continue
+            if former.store != store.connected_name():
+                if strict:
+                    log.warning("%s is for the store %s, and stays", folder, former.store)
                 continue
             try:
-                best = former.finish()
+                best = former.finish(late=True)
             except PipelineError as error:
                 log.warning("%s", error)
                 failed = error
@@ -190,17 +203,23 @@ def move(cache: Path, before: str, after: str, best_file: str) -> None:
     for folder in sorted(path.parent for path in (cache / FOLDER).glob(f"*/{TRAINING}")):
         found = _read(folder)
         if found is not None and found.store == before:
-            purpose = found.purpose
-            if purpose.best_file:
-                purpose = replace(purpose, best_file=best_file)
-            Training(folder, purpose, after, found.trained)._write()
+            if found.purpose.best_file:
+                found.purpose = replace(found.purpose, best_file=best_file)
+            found.store = after
+            found._write()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _read(folder: Path) -> Training | None:
     try:
         known = json.loads((folder / TRAINING).read_text())
         trained = {name: Trained(**one) for name, one in known["trained"].items()}
-        return Training(folder, Purpose(**known["purpose"]), known["store"], trained)
+        found = Training(folder, Purpose(**known["purpose"]), known["store"], trained)
+        found.fitted_at = str(known.get("fitted_at", ""))  # former versions did not keep it
+        return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s cannot be read (%s). Delete it", folder / TRAINING, error)
         return None

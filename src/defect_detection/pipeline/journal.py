@@ -134,18 +134,23 @@ class Journal:
 
     def end(self, status: str) -> None:
         """End the run with one of MLflow's statuses."""
-        self._add("end", status=status)
-        if self._online:
-            try:
-                mlflow.end_run(status)
-            except store.FAILURES as error:
-                self._go_on_alone(error)
+        try:
+            self._add("end", status=status)
+        finally:  # or, on a full disk, MLflow ends it as FINISHED when the process ends
+            self._end_in_mlflow(status)
         if self._online:
             _delete(self.folder)
         else:
             with suppress(*store.FAILURES):
                 self.info = deliver(self.folder)
         self._entries.close()
+
+    def _end_in_mlflow(self, status: str) -> None:
+        if self._online:
+            try:
+                mlflow.end_run(status)
+            except store.FAILURES as error:
+                self._go_on_alone(error)
 
     def _know(self, info: RunInfo) -> None:
         self.info = info
@@ -254,6 +259,7 @@ def _start(info: RunInfo) -> RunInfo:
         description=info.description,
         tags=dict(info.tags),
     )
+    runs.end_doubles(run)
     return replace(info, run_id=run.info.run_id)
 
 

@@ -201,15 +201,14 @@ def describe(
     return description, tags
 
 
-def _release_tags(decision: Decision) -> dict[str, str | None]:
+def _release_tags(decision: Decision) -> dict[str, str]:
     released = decision.release.released
-    why_not = None if released else "; ".join(decision.release.reasons)
+    why_not = "" if released else "; ".join(decision.release.reasons)
     return {NOT_RELEASED: why_not, RELEASED: str(released).lower()}
 
 
-def _with_tags(version: Version, tags: dict[str, str | None]) -> Version:
-    every = {**version.tags, **tags}
-    return replace(version, tags={tag: value for tag, value in every.items() if value is not None})
+def _with_tags(version: Version, tags: dict[str, str]) -> Version:
+    return replace(version, tags={**version.tags, **tags})
 
 
 def identity(model: LoggedModel, evaluation: Evaluation) -> dict[str, str]:

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from defect_detection import locks
+from defect_detection import locks, uris
 from defect_detection.registry import store, versions
 from defect_detection.registry.store import first_line
 
@@ -83,8 +83,21 @@ def opened(experiment_id: str, name: str, tags: Mapping[str, str], after: int = 
             tags=resolve_tags(tags),
             run_name=name,
         )
+        end_doubles(made)
         with mlflow.start_run(run_id=made.info.run_id, nested=True) as run:
             yield run
+            if uris.is_server(mlflow.get_tracking_uri()):
+                _delete(versions.half_registered(made.info.run_id))  # likewise
+
+
+def end_doubles(run: Run) -> None:
+    """End what was made beside a run: MLflow's client repeats a call whose answer is lost."""
+    token = run.data.tags.get(CLAIM)
+    if token is None or not uris.is_server(mlflow.get_tracking_uri()):
+        return
+    for one in MlflowClient().search_runs([run.info.experiment_id], f"tags.{CLAIM} = '{token}'"):
+        if one.info.run_id != run.info.run_id and one.info.status == "RUNNING":
+            MlflowClient().set_terminated(one.info.run_id, "KILLED")
 
 
 @contextmanager
@@ -164,6 +177,7 @@ def end_all() -> None:
 def _end(run: Run | None) -> None:
     if run is None:
         return
+    end_doubles(run)
     if run.info.status == "RUNNING":
         MlflowClient().set_terminated(run.info.run_id, "KILLED")
         name = run.info.run_name
@@ -173,8 +187,8 @@ def _end(run: Run | None) -> None:
 
 def _delete(half: Iterable[versions.Version]) -> None:
     for version in half:
-        versions.delete(version)
-        log.warning("%s is deleted: its evaluation did not end", version.uri)
+        done = versions.withdraw(version)
+        log.warning("%s %s: its evaluation did not end", version.uri, done)
 
 
 def _read(file: Path) -> _Claim | None:

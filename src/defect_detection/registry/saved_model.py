@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from defect_detection import PipelineError, StoreError, runtime
+from defect_detection.registry import store
 from defect_detection.registry.store import first_line
 from defect_detection.runtime import checksums, native_output
 from defect_detection.runtime.classifier import Classifier
@@ -79,14 +80,19 @@ def log(model: "keras.Model", served: ServedModel, example: bytes) -> str:
 def logged_by(run_id: str) -> str:
     """Return the URI of the model that a run logged, "" if it logged none.
 
-    A model of which only a part was logged, since the process was killed then, is deleted.
+    A model of which only a part was logged, since the process was killed then, is deleted if this
+    user may delete it.
     """
     client = MlflowClient()
     experiment = client.get_run(run_id).info.experiment_id
     models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     for model in models:
         if CHECKSUM not in model.tags:  # it is set last
-            client.delete_logged_model(model.model_id)
+            try:
+                client.delete_logged_model(model.model_id)
+            except MlflowException as error:
+                if error.error_code != store.FORBIDDEN:
+                    raise
     return next((one.model_uri for one in models if CHECKSUM in one.tags), "")
 
 

@@ -32,6 +32,7 @@ LOCKED_SECONDS = 90  # how long writers wait for another one
 USUAL_PATIENCE = 5  # seconds
 SQLITE_HEAD = b"SQLite format 3\0"
 ANOTHER = "or set MLFLOW_TRACKING_URI in .env"
+FORBIDDEN = "PERMISSION_DENIED"  # error code of a server, for what only others may do
 # What comes from MLflow when the store does not answer, or refuses something.
 FAILURES = (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError, StoreError)
 

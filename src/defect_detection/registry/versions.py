@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from defect_detection import sketch
+from defect_detection.registry import store
 from defect_detection.settings import MLflowNames
 
 log = logging.getLogger(__name__)
@@ -227,9 +228,19 @@ def half_registered(evaluation: str = "") -> list[Version]:
     return [one for one in found if not one.released and one.why_not_released in ("", UNFINISHED)]
 
 
-def delete(version: Version) -> None:
-    """Delete a version."""
-    MlflowClient().delete_model_version(version.name, str(version.number))
+def withdraw(version: Version) -> str:
+    """Delete a half registered version, or call it so for good; return what was done, in words.
+
+    On a server, only who made a registered model may delete a version.
+    """
+    try:
+        MlflowClient().delete_model_version(version.name, str(version.number))
+    except MlflowException as error:
+        if error.error_code != store.FORBIDDEN:
+            raise
+        set_tags(version, {NOT_RELEASED: "its evaluation did not end, and will not"})
+        return "is never released"
+    return "is deleted"
 
 
 @cache
@@ -237,14 +248,11 @@ def _warn_of(name: str, number: str) -> None:  # once
     log.warning("%s version %s has no accuracy in its tag 'acc'", name, number)
 
 
-def set_tags(version: Version, tags: Mapping[str, str | None]) -> None:
-    """Set tags of a version; None deletes the tag."""
+def set_tags(version: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of a version. None is ever deleted: on a server, only its maker may do that."""
     client, number = MlflowClient(), str(version.number)
     for tag, value in tags.items():
-        if value is not None:
-            retry(client.set_model_version_tag, version.name, number, tag, value)
-        elif tag in version.tags:
-            retry(client.delete_model_version_tag, version.name, number, tag)
+        retry(client.set_model_version_tag, version.name, number, tag, value)
 
 
 def update(version: Version, acc: float, tags: Mapping[str, str], description: str) -> None:
