@@ -1,5 +1,6 @@
 """`make server` for tests: a tracking server with PostgreSQL, in a folder that is deleted."""
 
+import json
 import os
 import shutil
 import signal
@@ -78,10 +79,15 @@ class TeamServer:
         assert self.process.poll() is None, self.log.read_text()
         return "MLflow answers" in self.log.read_text()
 
-    def call(self, path: str, user: str = "", password: str = "") -> bytes:
+    def call(
+        self, path: str, user: str = "", password: str = "", body: dict | None = None
+    ) -> bytes:
         said = b64encode(f"{user}:{password}".encode()).decode()
         headers = {"Authorization": f"Basic {said}"} if user else {}
-        request = urllib.request.Request(f"{self.uri}{path}", headers=headers)
+        data = None
+        if body is not None:
+            data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        request = urllib.request.Request(f"{self.uri}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from unittest import mock
@@ -97,14 +98,54 @@ def test_a_backup_to_nowhere_is_refused(project: Project):
     assert done.returncode == 2 and "no folder is named" in done.stderr
 
 
+@pytest.fixture
+def here(tmp_path: Path) -> backup.Locations:
+    """A project that has nothing yet."""
+    plan = tracking_server.chosen({"SERVER_PATH": str(tmp_path / "server")})
+    names = ("data", "line", "jobs", "cache", "best_model.json")
+    return backup.Locations(
+        tmp_path, "sqlite:///nowhere", *(tmp_path / name for name in names), plan
+    )
+
+
+def test_the_best_model_is_one_that_the_store_has(
+    here: backup.Locations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A training that ends while the store is copied is in none of both."""
+    here.best_model.write_text("former")
+    ends = lambda *_: here.best_model.write_text("of a run that the store lacks")  # noqa: E731
+    monkeypatch.setattr(backup, "_add_store", ends)
+    made = backup.make(here, tmp_path / "backups")
+    assert (made.folder / "best_model.json").read_text() == "former"
+
+
+@pytest.mark.parametrize(
+    ("store", "left_out"),
+    [
+        ("http://127.0.0.1:5000", False),
+        ("http://the-server:5000", True),
+        ("http://::1", True),
+        ("http://[::1]:5000/", False),
+    ],
+)
+def test_a_server_of_another_machine_is_said_to_be_left_out(
+    here: backup.Locations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store, left_out
+):
+    """Also where somebody has once tried a server here."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "secrets.json").write_text("{}")
+    monkeypatch.setattr(backup, "_add_server", lambda *_: None)
+    made = backup.make(replace(here, store=store), tmp_path / "backups")
+    assert [one for one in made.left_out if "run this on its machine too" in one] == (
+        [f"the store {store}: run this on its machine too"] if left_out else []
+    )
+
+
 def test_a_backup_that_is_killed_hinders_none_of_the_same_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: backup.Locations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     now = datetime.now(timezone.utc)
     monkeypatch.setattr(backup, "datetime", mock.Mock(**{"now.return_value": now}))
-    env = {"SERVER_PATH": str(tmp_path / "server")}
-    nothing = [tmp_path / name for name in ("data", "line", "jobs", "cache", "best_model.json")]
-    here = backup.Locations(tmp_path, "sqlite:///nowhere", *nothing, tracking_server.chosen(env))
     with monkeypatch.context() as killed:
         killed.setattr(backup.shutil, "rmtree", lambda *_, **__: None)
         killed.setattr(backup, "_write_manifest", mock.Mock(side_effect=OSError(5, "killed")))

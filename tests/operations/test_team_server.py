@@ -9,6 +9,7 @@ import stat
 import subprocess
 import threading
 import urllib.error
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -90,7 +91,7 @@ def test_the_same_seed_gives_the_same_figures(team: Team):
     (team.project.root / "mlruns").rename(team.project.root / "elsewhere")
     try:
         for script in ("src/train.py", "src/evaluation.py"):
-            team.run(script, **team.server.credentials)
+            team.run(script, **colleague(team))
     finally:
         (team.project.root / "elsewhere").rename(team.project.root / "mlruns")
     with store.connected(team.server.uri_with_password):
@@ -100,6 +101,37 @@ def test_the_same_seed_gives_the_same_figures(team: Team):
             assert len(newest) > 10
             # The first evaluation had no version in production to compare with.
             assert newest.items() >= oldest.items()
+
+
+def colleague(team: Team) -> dict[str, str]:
+    """Return the variables of a user who may edit what others made, and delete nothing of it."""
+    name, admin = "colleague", team.server.credentials
+    password = admin["MLFLOW_TRACKING_PASSWORD"]
+    with suppress(urllib.error.HTTPError):  # there is one already
+        said = {"username": name, "password": password}
+        team.server.call("/api/2.0/mlflow/users/create", "admin", password, said)
+    return admin | {"MLFLOW_TRACKING_USERNAME": name}
+
+
+def test_what_a_user_may_not_delete_is_never_released(team: Team):
+    env = colleague(team)
+    password = env["MLFLOW_TRACKING_PASSWORD"]
+    with store.connected(team.server.uri_with_password):
+        first = versions.with_accuracy("Production_Reg")[0]
+        half = versions.register(
+            first.source,
+            first.tags["evaluation_run"],
+            0.5,
+            "",
+            "Production_Reg",
+            {versions.RELEASED: "false", versions.NOT_RELEASED: versions.UNFINISHED},
+        )
+    with store.connected(team.server.uri.replace("://", f"://colleague:{password}@")):
+        assert versions.half_registered() == [half]
+        assert versions.withdraw(half) == "is never released"
+        assert versions.half_registered() == []
+    with store.connected(team.server.uri_with_password):
+        assert versions.withdraw(half) == "is deleted"
 
 
 def test_nobody_comes_in_without_the_password(team: Team):
@@ -134,13 +166,18 @@ def test_a_filled_server_takes_no_store_over(team: Team):
 
 
 @pytest.mark.long
-def test_the_database_is_killed_and_comes_back(team: Team):
-    folder = team.server.folder / "server" / "postgres"
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])  # the second stops it in order
+def test_the_database_ends_and_comes_back(team: Team, how: signal.Signals):
+    file = team.server.folder / "server" / "postgres" / "postmaster.pid"
     env = team.server.credentials
-    killed = int((folder / "postmaster.pid").read_text().split()[0])
-    os.kill(killed, signal.SIGKILL)
-    wait_for(lambda: "is started again" in team.server.log.read_text())
-    wait_for(lambda: int((folder / "postmaster.pid").read_text().split()[0]) != killed)
+
+    def process() -> str:
+        return file.read_text().split()[0] if file.exists() else ""
+
+    ended, said = process(), team.server.log.read_text().count("is started again")
+    os.kill(int(ended), how)
+    wait_for(lambda: team.server.log.read_text().count("is started again") > said)
+    wait_for(lambda: process() not in ("", ended))
     assert team.run("src/promote.py", "--list", **env)
     assert team.run("src/inference.py", team.image, **env) == team.verdict
 

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.server.security_utils import is_allowed_host_header
 from sqlalchemy.engine import make_url
 
-from defect_detection.operations import postgres, tracking_server
+from conftest import within
+from defect_detection import PipelineError
+from defect_detection.operations import migration, postgres, tracking_server
 from defect_detection.operations.tracking_server import ServerPlan
+from defect_detection.registry.store import connected, open_experiment
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,26 @@ def test_programs_get_a_database_with_its_options_and_without_its_password():
         assert file.read_text() == "*:*:*:*:a\\:\\\\secret\n"
         assert file.stat().st_mode & 0o077 == 0
     assert not file.exists()
+
+
+def test_a_database_that_does_not_answer_is_told_at_once(tmp_path: Path):
+    database = "postgresql://mlflow:a-secret@127.0.0.1:1/plant"
+    plan = ServerPlan(tmp_path / "server", "127.0.0.1", 5000, (), database, str(tmp_path))
+    with within(20), pytest.raises(PipelineError, match="127.0.0.1:1/plant cannot be used") as said:
+        with tracking_server.own(plan):
+            pass
+    assert "\n" not in str(said.value) and "a-secret" not in str(said.value)
+
+
+def test_open_runs_of_a_store_that_is_taken_over_are_ended_there_and_not_here(tmp_path: Path):
+    """Their processes know the store that they write to, so nobody would end the copies."""
+    uris = [f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "server")]
+    with connected(uris[0], create=True):
+        run = MlflowClient().create_run(open_experiment("train/open")).info.run_id
+    found = migration.take_over(
+        tmp_path / "here.db", tmp_path, uris[1], str(tmp_path / "artifacts")
+    )
+    assert found.rows["runs"] == 1
+    for uri, status in zip(uris, ("RUNNING", "KILLED"), strict=True):
+        with connected(uri):
+            assert MlflowClient().get_run(run).info.status == status

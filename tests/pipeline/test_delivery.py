@@ -1,5 +1,6 @@
 """Trainings during which MLflow does not answer: nothing that was fitted is lost."""
 
+import errno
 import json
 import shutil
 import sqlite3
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import mlflow
 import pytest
@@ -177,11 +179,12 @@ def known_runs(name: str) -> list:
     return [run for run in found if run.info.run_name == name]
 
 
-def test_training_is_delivered_to_its_own_store_only(kept, store, tmp_path, capsys):
+def test_training_is_delivered_to_its_own_store_only(kept, store, tmp_path, capsys, caplog):
     folder = kept("own")
     mlflow.set_tracking_uri("sqlite:////another/mlflow.db")
     delivery.deliver_all(tmp_path, strict=True)
     assert folder.exists() and capsys.readouterr().out == ""
+    assert f"is for the store {store}, and stays" in caplog.text
     mlflow.set_tracking_uri(store)
     delivery.deliver_all(tmp_path, strict=True)
     assert capsys.readouterr().out == "Delivered from a former training: own\n"
@@ -219,6 +222,36 @@ def test_file_that_names_the_best_model_is_written_when_there_is_room(kept, stor
     delivery.deliver_all(tmp_path, strict=True)
     assert json.loads(best.read_text())["run_id"] == training.trained.popitem()[1].run_id
     assert not training.folder.exists()
+
+
+def test_late_training_leaves_the_best_model_of_one_that_was_fitted_after_it(
+    kept, store, tmp_path, monkeypatch
+):
+    best = tmp_path / "best.json"
+    monkeypatch.setattr(delivery, "_now", lambda: "2026-01-01T10:00:00+00:00")
+    older = kept("fitted first", str(best))
+    monkeypatch.setattr(delivery, "_now", lambda: "2026-01-01T11:00:00+00:00")
+    newer = kept("fitted second", str(best))
+    aside = shutil.move(older.parent, tmp_path / "aside")
+    delivery.deliver_all(tmp_path)
+    named = json.loads(best.read_text())
+    assert named["created_at"] == "2026-01-01T11:00:00+00:00" and not newer.exists()
+    shutil.move(aside, older.parent)
+    delivery.deliver_all(tmp_path)
+    assert json.loads(best.read_text()) == named
+    assert len(known_runs("fitted first")) == 1 and not older.exists()
+
+
+def test_run_that_ends_on_a_full_disk_has_failed_in_mlflow(store, tmp_path, monkeypatch):
+    """MLflow itself ends a run as FINISHED when its process ends."""
+    opened = journal.Journal(tmp_path / "run", RunInfo("train/kept", "on a full disk", "", {}))
+    full = mock.Mock(**{"write.side_effect": OSError(errno.ENOSPC, "No space left on device")})
+    opened._entries.close()
+    monkeypatch.setattr(opened, "_entries", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened.end("FAILED")
+    (run,) = known_runs("on a full disk")
+    assert run.info.status == "FAILED" and mlflow.active_run() is None
 
 
 def test_what_is_kept_from_before_the_end_of_a_run_does_not_open_it_again(kept, store, tmp_path):

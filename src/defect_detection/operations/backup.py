@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import sqlalchemy
 
@@ -199,11 +198,9 @@ def _add_store(backup: Backup, here: Locations) -> None:
 
 def _runs_here(server: ServerPlan, store: str) -> bool:
     """Return whether a store is the server of this machine; one with another name may be it too."""
-    address = urlsplit(store)
-    known = (address.hostname, address.port) in {
-        (name, server.port) for name in ("localhost", "127.0.0.1", "::1", *server.names)
-    }
-    return known and (server.folder / SECRETS).exists()
+    names = ("localhost", "127.0.0.1", "[::1]", *server.names)
+    known = {f"http://{name}:{server.port}" for name in names}
+    return uris.place(store) in known and (server.folder / SECRETS).exists()
 
 
 def _add_server(backup: Backup, server: ServerPlan) -> None:
