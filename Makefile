@@ -1,7 +1,7 @@
 # make setup                    install into .venv; all others do this first
 # make pipeline [DATA=folder]   train, evaluate and infer
-# make test                     the tests, twenty minutes on two cores
-# make test-all                 also the long ones, an hour
+# make test                     the tests, a quarter of an hour on two cores
+# make test-all                 also the long ones, half an hour
 # make test-fast                those that need no fit and no server, under a minute
 # make sample                   draw the synthetic images in data/
 # make lint                     style and types of the code
