@@ -323,33 +323,13 @@ class Project:
             subprocess.TimeoutExpired: it was not done within some seconds, and was killed.
         """
         call = self._call(script, *arguments, **env)
-        call = replace(call, folder=cwd or self.root)
-        if sys.platform == "linux":
-            return preloaded.run(call, within)
-        return subprocess.run(
-            [sys.executable, *call.arguments],
-            cwd=call.folder,
-            env=call.env,
-            capture_output=True,
-            text=True,
-            timeout=within,
-        )
+        return preloaded.run(replace(call, folder=cwd or self.root), within)
 
     def start(
         self, log: Path, script: str, *arguments: object
     ) -> preloaded.Started | subprocess.Popen:
         """Start a script in the project's folder; append what it writes to a file."""
-        call = self._call(script, *arguments)
-        with log.open("a") as file:
-            if sys.platform == "linux":
-                return preloaded.Started(call, log, log)
-            return subprocess.Popen(
-                [sys.executable, *call.arguments],
-                cwd=call.folder,
-                env=call.env,
-                stdout=file,
-                stderr=file,
-            )
+        return preloaded.start(self._call(script, *arguments), log, log)
 
     def _call(self, script: str, *arguments: object, **env: str) -> preloaded.Call:
         command = [str(self.root / script), *map(str, arguments)]

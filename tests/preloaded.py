@@ -90,6 +90,21 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
+def start(call: Call, out: Path, err: Path) -> Started | subprocess.Popen:
+    """Start a script; append what it writes to files."""
+    with out.open("a") as written, err.open("a") as errors:
+        if sys.platform == "linux":
+            return Started(call, out, err)
+        return subprocess.Popen(
+            [sys.executable, *call.arguments],
+            cwd=call.folder,
+            env=call.env,
+            stdin=subprocess.DEVNULL,
+            stdout=written,
+            stderr=errors,
+        )
+
+
 def run(call: Call, seconds: float) -> subprocess.CompletedProcess:
     """Run a script; return its exit status and what it wrote.
 
@@ -98,7 +113,7 @@ def run(call: Call, seconds: float) -> subprocess.CompletedProcess:
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("out", "err")]
-        process = Started(call, *outputs)
+        process = start(call, *outputs)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

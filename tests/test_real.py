@@ -24,7 +24,7 @@ def every(tmp_path):
 
 
 def test_photographs_of_castings_are_found(every):
-    castings = every(12)
+    castings = every(8)
     found = audit.inspect(DataFolder(castings, Project.cache), ImageFormat(64, 64))
     precision, recall = truth.precision_and_recall(found.groups())
     assert precision >= 0.98

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_the_best_model_is_one_that_the_store_has(
     ("store", "left_out"),
     [
         ("http://127.0.0.1:5000", False),
+        (f"http://{socket.gethostname()}:5000", False),
         ("http://the-server:5000", True),
         ("http://::1", True),
         ("http://[::1]:5000/", False),

@@ -144,7 +144,7 @@ def test_health_answers_at_once_while_the_store_hangs_and_callers_are_slow():
         api_under_attack.slow_callers(port),
     ):
         took = api_under_attack.call_health(port, 8)
-    assert len(took) >= 50
+    assert len(took) >= 54
     assert statistics.median(took) < 0.1
     assert sorted(took)[int(0.99 * len(took))] < 2  # on a machine that does other things too
 

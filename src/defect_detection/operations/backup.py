@@ -197,8 +197,8 @@ def _add_store(backup: Backup, here: Locations) -> None:
 
 
 def _runs_here(server: ServerPlan, store: str) -> bool:
-    """Return whether a store is the server of this machine; one with another name may be it too."""
-    names = ("localhost", "127.0.0.1", "[::1]", *server.names)
+    """Return whether a store is the server of this machine, by one of its names."""
+    names = server.own_names | {"127.0.0.1", "[::1]"}
     known = {f"http://{name}:{server.port}" for name in names}
     return uris.place(store) in known and (server.folder / SECRETS).exists()
 

@@ -96,6 +96,11 @@ class ServerPlan:
     artifacts: str
 
     @property
+    def own_names(self) -> set[str]:
+        """The names by which it is called."""
+        return {"localhost", socket.gethostname(), socket.getfqdn(), self.host, *self.names}
+
+    @property
     def address(self) -> str:
         """The URI by which this machine reaches it."""
         here = self.host if self.host not in ("0.0.0.0", "::", "") else "127.0.0.1"
@@ -255,8 +260,7 @@ def _hosts(plan: ServerPlan) -> list[str]:
     digit = "[0-9*]"  # without a * MLflow would not take it for a pattern
     numbers = [digit * digits for digits in (1, 2, 3)]
     addresses = [".".join(four) for four in itertools.product(numbers, repeat=4)] + ["[[]*]"]
-    own_names = {"localhost", socket.gethostname(), socket.getfqdn(), plan.host, *plan.names}
-    names = [name.lower() for name in sorted(own_names)]  # as clients send them
+    names = [name.lower() for name in sorted(plan.own_names)]  # as clients send them
     return [f"{host}{port}" for host in (*names, *addresses) for port in ("", ":*")]
 
 

@@ -133,8 +133,12 @@ class Training:
 
     def _write(self) -> None:
         trained = {name: asdict(one) for name, one in self.trained.items()}
-        kept = {"purpose": asdict(self.purpose), "store": self.store, "trained": trained}
-        kept["fitted_at"] = self.fitted_at
+        kept = {
+            "purpose": asdict(self.purpose),
+            "store": self.store,
+            "trained": trained,
+            "fitted_at": self.fitted_at,
+        }
         with replace_atomically(self.folder / TRAINING) as temporary:
             temporary.write_text(json.dumps(kept))
 

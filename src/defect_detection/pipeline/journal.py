@@ -268,8 +268,8 @@ def _found(info: RunInfo) -> RunInfo:
     token = info.tags.get(runs.CLAIM)
     if info.run_id or token is None:
         return info
-    run = runs.with_claim(store.open_experiment(info.experiment), token)
-    return info if run is None else replace(info, run_id=run.info.run_id)
+    found = runs.with_claim(store.open_experiment(info.experiment), token)
+    return replace(info, run_id=found[0].info.run_id) if found else info
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:

@@ -322,7 +322,8 @@ def _set_aside(chosen: Version, others: Sequence[int]) -> None:
     for version in versions.with_accuracy(chosen.name):
         if version.number in others:
             versions.set_tags(version, {SET_ASIDE: "true"})
-    versions.set_tags(chosen, {SET_ASIDE: "false"})
+    if chosen.set_aside:
+        versions.set_tags(chosen, {SET_ASIDE: "false"})
 
 
 def _recorded(name: str) -> Version | None:

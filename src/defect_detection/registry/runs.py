@@ -95,7 +95,7 @@ def end_doubles(run: Run) -> None:
     token = run.data.tags.get(CLAIM)
     if token is None or not uris.is_server(mlflow.get_tracking_uri()):
         return
-    for one in MlflowClient().search_runs([run.info.experiment_id], f"tags.{CLAIM} = '{token}'"):
+    for one in with_claim(run.info.experiment_id, token):
         if one.info.run_id != run.info.run_id and one.info.status == "RUNNING":
             MlflowClient().set_terminated(one.info.run_id, "KILLED")
 
@@ -109,10 +109,9 @@ def reopened(run_id: str) -> Iterator[Run]:
             yield run
 
 
-def with_claim(experiment_id: str, token: str) -> Run | None:
-    """Return the run of an experiment with a value of the tag `CLAIM`, None if there is none."""
-    found = MlflowClient().search_runs([experiment_id], f"tags.{CLAIM} = '{token}'", max_results=1)
-    return found[0] if found else None
+def with_claim(experiment_id: str, token: str) -> list[Run]:
+    """Return the runs of an experiment with a value of the tag `CLAIM`, the newest first."""
+    return MlflowClient().search_runs([experiment_id], f"tags.{CLAIM} = '{token}'")
 
 
 @contextmanager
@@ -135,7 +134,7 @@ def _claimed(token: str, claim: _Claim) -> Iterator[None]:
 
 def _find(token: str, claim: _Claim) -> Run | None:
     if not claim.run_id:
-        return with_claim(claim.experiment_id, token)
+        return next(iter(with_claim(claim.experiment_id, token)), None)
     try:
         return mlflow.get_run(claim.run_id)
     except MlflowException as error:

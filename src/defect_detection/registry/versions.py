@@ -236,12 +236,11 @@ def withdraw(version: Version) -> str:
     try:
         MlflowClient().delete_model_version(version.name, str(version.number))
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the answer to the first call was lost
-            return "is deleted"
-        if error.error_code != store.FORBIDDEN:
+        if error.error_code == store.FORBIDDEN:
+            set_tags(version, {NOT_RELEASED: "its evaluation did not end, and will not"})
+            return "is never released"
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the answer to the first call was lost
             raise
-        set_tags(version, {NOT_RELEASED: "its evaluation did not end, and will not"})
-        return "is never released"
     return "is deleted"
 
 
