@@ -46,6 +46,15 @@ def test_programs_get_a_database_with_its_options_and_without_its_password():
     assert not file.exists()
 
 
+def test_a_driver_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch):
+    """As where `src/server.py` is run, and not `make server`."""
+    monkeypatch.setattr(postgres, "find_spec", lambda name: None)
+    plan = ServerPlan(tmp_path / "server", "127.0.0.1", 5000, (), "postgresql://a@b/c", "")
+    with pytest.raises(PipelineError, match="pip install -r requirements-server.txt"):
+        with tracking_server.own(plan):
+            pass
+
+
 def test_a_database_that_does_not_answer_is_told_at_once(tmp_path: Path):
     database = "postgresql://mlflow:a-secret@127.0.0.1:1/plant"
     plan = ServerPlan(tmp_path / "server", "127.0.0.1", 5000, (), database, str(tmp_path))

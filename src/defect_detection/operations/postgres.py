@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,7 +32,13 @@ WAIT = 120  # seconds for a start, which may have to recover from a crash, and f
 
 
 def with_driver(uri: str) -> str:
-    """Return the URI of a database by which SQLAlchemy takes the driver that is installed."""
+    """Return the URI of a database by which SQLAlchemy takes the driver that is installed.
+
+    Raises:
+        PipelineError: it is that of a PostgreSQL, and no driver is installed.
+    """
+    if uri.startswith("postgresql://") and find_spec("psycopg") is None:
+        raise PipelineError("PostgreSQL needs its driver: pip install -r requirements-server.txt")
     return uri.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
