@@ -140,6 +140,8 @@ def arguments() -> ArgumentParser:
 
 def check(parser: ArgumentParser, options: Namespace) -> None:
     """End with exit code 2 if options contradict each other."""
+    strings = ("files_from", "watch", "heatmaps", "model", "ray", "parquet")
+    cli.refuse_empty(parser, options, strings)
     files = bool(options.csv or options.jsonl)
     if bool(options.ray) != bool(options.parquet) or options.ray and not options.pictures:
         parser.error("--ray needs --parquet and folders, and --parquet needs --ray")
@@ -147,9 +149,6 @@ def check(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("--ray takes neither --csv, --jsonl, --watch, --files-from nor --heatmaps")
     if options.resume and not files:
         parser.error("--resume needs --csv or --jsonl")
-    for name in ("files_from", "watch", "heatmaps", "model"):
-        if getattr(options, name) == "":  # a variable of the shell that is not set
-            parser.error(f"--{name.replace('_', '-')} is empty")
     paths = [os.path.realpath(file) for file in (options.csv, options.jsonl) if file]
     if len(paths) > len(set(paths)):
         parser.error("--csv and --jsonl name one file")

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="fit on this Ray cluster, such as auto")
     parser.add_argument("--set", metavar="NAME", help="fit only this set of the configuration")
     options = parser.parse_args()
+    cli.refuse_empty(parser, options, ("ray", "set"))
     env = settings.environment()
     config = settings.read_config(options.config)
     cache = settings.from_root(config.paths.cache)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -148,6 +149,7 @@ def _become(call: Call, outputs: tuple[str, str]) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
+    threading._shutdown()  # waits for threads that are no daemons, and for those of pools
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -72,6 +72,15 @@ def parser(docstring: str, example: str, data: bool = True) -> argparse.Argument
     return made
 
 
+def refuse_empty(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str]
+) -> None:
+    """End with exit code 2 if an option is empty, as a variable of the shell that is not set."""
+    for name in names:
+        if getattr(options, name) == "":
+            parser.error(f"--{name.replace('_', '-')} is empty")
+
+
 def command(script: str, options: argparse.Namespace, names: Sequence[str] = DATA_OPTIONS) -> str:
     """Return how to call another script with the same data and configuration.
 

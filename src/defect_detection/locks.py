@@ -1,10 +1,13 @@
 """Locks on files, which end with the process that holds them, whatever ends it."""
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def take(descriptor: int) -> bool:
@@ -16,13 +19,33 @@ def take(descriptor: int) -> bool:
     return True
 
 
+def take_on_share(descriptor: int, path: Path, say: bool = True) -> bool:
+    """Lock an open file as `take` does; return True where there are no locks.
+
+    Args:
+        descriptor: of the file.
+        path: of the file.
+        say: whether to log that there are no locks, as on some network shares.
+    """
+    try:
+        return take(descriptor)
+    except OSError as error:
+        if say:
+            log.warning(
+                "%s: there are no locks here (%s). Make sure that no other run writes there",
+                *(path, error.strerror),
+            )
+        return True
+
+
 @contextmanager
-def held(file: Path, make: bool = False) -> Iterator[bool]:
+def held(file: Path, make: bool = False, share: bool = False) -> Iterator[bool]:
     """Lock a file for the block; yield whether no other process has, and the file is there.
 
     Args:
         file: to lock.
         make: whether it is made if only its folder is there.
+        share: whether it may lie on a network share that has no locks; there it is free.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
@@ -30,7 +53,8 @@ def held(file: Path, make: bool = False) -> Iterator[bool]:
         yield False
         return
     try:
-        yield take(descriptor) and file.exists()
+        free = take_on_share(descriptor, file) if share else take(descriptor)
+        yield free and file.exists()
     finally:
         os.close(descriptor)
 

@@ -394,3 +394,4 @@ def test_too_many_folds_are_one_line(project, tmp_path):
     last = project.fail("src/train.py", "--data", data, "--folds", 9)
     assert "Too few photographs for 9 folds: 4 of def_front, 4 of ok_front" in last
     assert project.run("src/train.py", "--folds", "1").returncode == 2
+    assert project.run("src/train.py", "--ray", "").returncode == 2

@@ -172,6 +172,8 @@ def test_heatmap_says_verdict_and_threshold_below_the_picture(line, pictures, tm
         ["--files-from", ""],
         ["--watch", ""],
         ["a.png", "--heatmaps", ""],
+        ["src", "--ray", ""],
+        ["src", "--ray", "", "--parquet", ""],
         ["--\x1b[31m"],
     ],
 )

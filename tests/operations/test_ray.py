@@ -132,36 +132,43 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
     (images / "notes.txt").write_text("no image either")
     os.mkfifo(images / "pipe.jpeg")
     (images / "lost.jpeg").symlink_to(images / "nowhere.jpeg")
+    some = next(images.rglob("part_000.jpeg"))
+    latin = images / os.fsdecode(b"pi\xe8ce.jpeg")
+    shutil.copy(some, latin)
     call = ["src/inference.py", images, images / "train", "--model", model_folder]
     project.fail(
         "src/inference.py", images, "--model", model_folder, "--jsonl", tmp_path / "rows.jsonl"
     )
     here = {row["path"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").open())}
+    named = str(images / r"pi\xe8ce.jpeg")  # Parquet has UTF-8 only
+    here[named] = here.pop(str(latin)) | {"path": named}
     out = tmp_path / "rows"
     out.mkdir()
     foreign = out / "foreign.parquet"
     parquet.write_table(pyarrow.table({"casting": [1]}), foreign)
     (out / "torn.parquet").write_bytes(foreign.read_bytes()[:-9])
-    before = [file.read_bytes() for file in sorted(out.iterdir())]
+    of_others = out / "line 1" / "verdicts-torn.parquet"  # which another call may write just now
+    of_others.parent.mkdir()
+    of_others.write_bytes(foreign.read_bytes()[:-9])
+    left = [foreign, out / "torn.parquet", of_others]
+    before = [file.read_bytes() for file in left]
     said = project.fail(*call, "--ray", address, "--parquet", out)
-    assert "3 of 69 images cannot be read" in said
+    assert "3 of 70 images cannot be read" in said
     assert rows_of(out) == here
 
     for name in ("broken.jpeg", "pipe.jpeg", "lost.jpeg"):
         (images / name).unlink()
     torn = out / "verdicts-torn.parquet"
     torn.write_bytes(next(out.glob("verdicts-*.parquet")).read_bytes()[:-9])
-    some = next(images.rglob("part_000.jpeg"))
     new = Path(shutil.copy(some, images / "new.jpeg"))
     done = project.run(*call, "--ray", from_elsewhere, "--parquet", out)
     assert done.returncode == 0, done.stderr
     assert "verdicts-torn.parquet was not written completely" in done.stderr
-    assert "66 of 67 images have a row" in done.stderr
+    assert "67 of 68 images have a row" in done.stderr
     after = rows_of(out)
     assert after.pop(str(new))["verdict"] == here[str(some)]["verdict"]
     assert after == here  # what is in no folder of this call keeps its row
     assert not torn.exists()
-    left = [out / "foreign.parquet", out / "torn.parquet"]
     assert [file.read_bytes() for file in left] == before
 
     # A row with an error is replaced by the row of a later call, and only then.
@@ -172,6 +179,40 @@ def test_verdicts_are_those_of_one_machine_and_a_run_is_resumed(
         assert rows_of(out)[str(images / "broken.jpeg")]["verdict"] == "error"
     project.succeed(*call, "--ray", address, "--parquet", out)
     assert rows_of(out)[str(images / "broken.jpeg")]["verdict"] == here[str(some)]["verdict"]
+
+
+def test_valid_row_is_the_same_for_all_calls_however_often_files_are_rewritten(tmp_path: Path):
+    """Calls into one bucket rewrite files at the same time; none may leave what another deletes."""
+    from defect_detection.inference import on_ray
+    from defect_detection.inference.judge import NamedModel
+
+    images = draw_folders(tmp_path / "images", train=1, test=0)
+    paths = sorted(map(str, images.rglob("*.jpeg")))
+    out = tmp_path / "rows"
+    out.mkdir()
+    names = ("verdicts-1.parquet", "verdicts-2.parquet")
+    for name, verdict in zip(names, ("ok", "defect"), strict=True):
+        rows = [(path, verdict, 0.5, False, "", name) for path in paths]
+        columns = dict(zip(on_ray.SCHEMA.names, zip(*rows, strict=True), strict=True))
+        parquet.write_table(pyarrow.table(columns, on_ray.SCHEMA), out / name)
+    os.utime(out / names[1], (1, 1))  # the other one was rewritten since
+    model = NamedModel("judges nothing", None)
+    counts = on_ray.judge_all([str(images)], model, tmp_path, str(out), {})
+    assert counts == {"defect": len(paths)}
+    assert {row["model"] for row in rows_of(out).values()} == {names[1]}
+
+
+def test_share_without_locks_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from defect_detection.inference import on_ray
+
+    def no_locks(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with on_ray.Place(str(tmp_path / "rows"), {}).held():
+        assert "there are no locks here (No locks available)" in caplog.text
 
 
 @contextlib.contextmanager
@@ -256,6 +297,12 @@ def test_images_and_rows_in_a_bucket(
     assert {one["Key"].rpartition(".")[2] for one in done} <= {"rows/", "parquet"}
     refused = project.fail(*call, "s3://castings/nothing", *where[1:], **keys)
     assert "s3://castings/nothing" in refused
+    refused = project.fail(*call, *where[:2], "s3://casting/rows", **keys)
+    assert "s3://casting/rows cannot be" in refused
+    refused = project.fail(*call, *where, **keys | {"AWS_ENDPOINT_URL": "localhost:9000"})
+    assert "begin it with http:// or https://" in refused
+    refused = project.fail(*call, *where, **keys | {"AWS_SECRET_ACCESS_KEY": ""})
+    assert "s3://castings/line 3 cannot be" in refused or "s3://castings/rows cannot be" in refused
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])

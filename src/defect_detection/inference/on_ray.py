@@ -10,8 +10,9 @@ import posixpath
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -83,18 +84,21 @@ class Place:
         """Turn errors of the block into a PipelineError that begins with the URI and `what`."""
         try:
             yield
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, ValueError) as error:  # half a pair of keys is a ValueError
             raise PipelineError(f"{self.uri} {what} ({first_line(error)})") from error
 
-    def files(self) -> list[fs.FileInfo]:
-        """Return the files in the folder and below it, sorted, but for hidden ones.
+    def files(self, below: bool) -> list[fs.FileInfo]:
+        """Return the files in the folder, sorted, but for hidden ones; none if it is not there.
+
+        Args:
+            below: whether those in folders below it are among them.
 
         Raises:
             PipelineError: it cannot be listed.
         """
         with self.reached("cannot be listed"):
-            system, selector = self.opened, fs.FileSelector(self.path, recursive=True)
-            found = sorted(system.get_file_info(selector), key=lambda info: info.path)
+            selector = fs.FileSelector(self.path, recursive=below, allow_not_found=True)
+            found = sorted(self.opened.get_file_info(selector), key=lambda info: info.path)
         return [one for one in found if one.is_file and not self._is_hidden(one.path)]
 
     def _is_hidden(self, path: str) -> bool:
@@ -108,7 +112,8 @@ class Place:
     def images(self) -> dict[str, str]:
         """Return the paths of the images in the folder by their names in rows.
 
-        What cannot be searched is among them, so that a row says why.
+        What cannot be searched is among them, so that a row says why. Names in rows are UTF-8; of
+        other bytes they have the codes.
 
         Raises:
             PipelineError: it holds none, or cannot be listed.
@@ -118,9 +123,12 @@ class Place:
                 raise PipelineError(f"{self.uri} is no folder")
             failed: list[str] = []
             found = [*walk(self.uri, lambda path, _: failed.append(path)), *failed]
-            named = {path: os.path.abspath(path) for path in found}
+            named = {
+                os.fsencode(path).decode(errors="backslashreplace"): os.path.abspath(path)
+                for path in found
+            }
         else:
-            paths = [one.path for one in self.files() if names_image(one.path)]
+            paths = [one.path for one in self.files(below=True) if names_image(one.path)]
             named = {posixpath.join(self.uri.rstrip("/"), self._below(one)): one for one in paths}
         if not named:
             raise PipelineError(f"{self.uri} holds no images")
@@ -133,7 +141,8 @@ class Place:
     def held(self) -> Iterator[None]:
         """Make a folder of this machine, and keep other calls from writing there in the block.
 
-        In a bucket nobody sees a file before it is complete, so that nothing can be spoiled.
+        A bucket has no locks and needs none: nobody sees a file there before it is complete, and
+        which of several rows is valid is the same for all calls.
 
         Raises:
             PipelineError: another call writes there, or the folder cannot be made.
@@ -143,7 +152,10 @@ class Place:
             return
         with self.reached("cannot be written"):
             os.makedirs(self.path, exist_ok=True)
-        with locks.held(Path(self.path) / LOCK, make=True) as free:
+        with ExitStack() as stack:
+            with self.reached("cannot be written"):
+                lock = locks.held(Path(self.path) / LOCK, make=True, share=True)
+                free = stack.enter_context(lock)
             if not free:
                 raise PipelineError(f"Another call writes into {self.uri}. Wait until it has ended")
             yield
@@ -151,7 +163,10 @@ class Place:
 
 def _access(bucket: str, keys: Mapping[str, str]) -> dict[str, str | None]:
     """Return how a bucket is reached: the keys go to the workers, but into no log."""
-    endpoint = urlsplit(keys.get("AWS_ENDPOINT_URL_S3", keys.get("AWS_ENDPOINT_URL", "")))
+    named = keys.get("AWS_ENDPOINT_URL_S3", keys.get("AWS_ENDPOINT_URL", ""))
+    endpoint = urlsplit(named)
+    if named and (endpoint.scheme not in ("http", "https") or not endpoint.netloc):
+        raise ValueError(f"AWS_ENDPOINT_URL is {named}: begin it with http:// or https://")
     region = keys.get("AWS_REGION", keys.get("AWS_DEFAULT_REGION"))
     found = {
         "access_key": keys.get("AWS_ACCESS_KEY_ID"),
@@ -168,10 +183,13 @@ def _access(bucket: str, keys: Mapping[str, str]) -> dict[str, str | None]:
 
 
 class _Names(FilenameProvider):  # type: ignore[misc]
-    """Names of files by which those of this project are known."""
+    """Names of files by which those of this project are known; later calls have larger ones."""
+
+    def __init__(self) -> None:
+        self._begun = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"{PREFIX}{write_uuid}-{task_index:06}.parquet"
+        return f"{PREFIX}{self._begun}-{write_uuid}-{task_index:06}.parquet"
 
 
 class Judging:
@@ -196,7 +214,7 @@ class Judging:
         self._systems = systems
 
     def __call__(self, images: pyarrow.Table) -> pyarrow.Table:
-        """Judge images by the URI of their folder, their path and their name; return rows."""
+        """Judge images by the URI of their folder, their path in bytes and their name."""
         rows = []
         columns = [images.column(name).to_pylist() for name in ("folder", "file", "path")]
         every = list(zip(*columns, strict=True))
@@ -207,7 +225,8 @@ class Judging:
             rows += [asdict(one.row) for one in judge(self._model, items)]
         return pyarrow.Table.from_pylist(rows, SCHEMA)
 
-    def _read(self, folder: str, file: str) -> bytes | Path | UnreadableImage:
+    def _read(self, folder: str, path: bytes) -> bytes | Path | UnreadableImage:
+        file = os.fsdecode(path)
         if (other := unreadable(file)) is not None:
             return other
         system = self._systems[folder]
@@ -243,8 +262,8 @@ def judge_all(
         PipelineError: a folder holds no images, or cannot be read or written.
     """
     target, places = Place(out, keys), [Place(one, keys) for one in named]
-    images = {
-        name: {"folder": place.uri, "file": file, "path": name}
+    images: dict[str, dict[str, str | bytes]] = {
+        name: {"folder": place.uri, "file": os.fsencode(file), "path": name}
         for place in places
         for name, file in place.images().items()
     }
@@ -273,11 +292,11 @@ def judge_all(
     return Counter(verdicts[name] for name in images)
 
 
-def _run(images: list[dict[str, str]], model: tuple[Any, ...], target: Place) -> None:
+def _run(images: list[dict[str, str | bytes]], model: tuple[Any, ...], target: Place) -> None:
     """Judge images.
 
     Args:
-        images: by URI of the folder, path and name.
+        images: by URI of the folder, path in bytes and name.
         model: the arguments of `Judging`.
         target: of the rows.
     """
@@ -293,21 +312,25 @@ def _run(images: list[dict[str, str]], model: tuple[Any, ...], target: Place) ->
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
     # Writing takes no core of its own: all have a model.
-    judged.write_parquet(
-        target.path,
-        filesystem=target.opened,
-        filename_provider=_Names(),
-        ray_remote_args={"num_cpus": 0},
-        mode="append",
-    )
+    with target.reached("cannot be written"):
+        judged.write_parquet(
+            target.path,
+            filesystem=target.opened,
+            filename_provider=_Names(),
+            ray_remote_args={"num_cpus": 0},
+            mode="append",
+        )
 
 
 @dataclass(frozen=True, order=True)
 class _Kept:
-    """A row; of several of one image the largest is the valid one."""
+    """A row; of several of one image the largest is the valid one.
+
+    It stays the largest when files are rewritten, so that calls which do this at the same time
+    leave it.
+    """
 
     is_judged: bool
-    written: float
     file: str
     verdict: str
 
@@ -319,14 +342,11 @@ def _verdicts(target: Place) -> dict[str, str]:
     """
     valid: dict[str, _Kept] = {}
     outdated: set[str] = set()
-    if target.opened.get_file_info(target.path).type == fs.FileType.NotFound:
-        return {}
-    for info in target.files():
+    for info in target.files(below=False):
         if not info.base_name.startswith(PREFIX):
             continue
-        written = info.mtime.timestamp() if info.mtime is not None else 0.0
         for name, verdict in _rows(target, info.path):
-            row = _Kept(verdict != "error", written, info.path, verdict)
+            row = _Kept(verdict != "error", info.path, verdict)
             former = valid.setdefault(name, row)
             valid[name] = max(former, row)
             outdated |= {min(former, row).file} if former is not row else set()

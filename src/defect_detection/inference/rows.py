@@ -1,7 +1,6 @@
 """Verdicts as rows of files that can be resumed after an interruption."""
 
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
-from defect_detection import PipelineError
+from defect_detection import PipelineError, locks
 from defect_detection.atomic import defused, replace_atomically, restored
 from defect_detection.names import printable
 from defect_detection.runtime.classifier import Verdict, VerdictName
@@ -329,19 +328,11 @@ def _locked(path: Path, say: bool = True) -> io.FileIO:
     """
     while True:
         file = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not locks.take_on_share(file.fileno(), path, say):
             file.close()
             raise PipelineError(
                 f"{path}: another run writes rows there. Wait for its end, or give another file"
-            ) from error
-        except OSError as error:
-            if say:
-                log.warning(
-                    "%s: there are no locks here (%s). Make sure that no other run writes there",
-                    *(path, error.strerror),
-                )
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
