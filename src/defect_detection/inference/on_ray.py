@@ -84,6 +84,8 @@ class Place:
         """Turn errors of the block into a PipelineError that begins with the URI and `what`."""
         try:
             yield
+        except ray.exceptions.RayTaskError:  # may be an OSError too, of a task that judges
+            raise
         except (OSError, ValueError) as error:  # half a pair of keys is a ValueError
             raise PipelineError(f"{self.uri} {what} ({first_line(error)})") from error
 
