@@ -22,6 +22,22 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED = """
+import os, queue, sys
+from defect_detection.dataset import workers
+put, calls = queue.Queue.put, []
+def interrupted(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+        sys.exit(143)  # as the handler of a signal that comes just now
+    put(*arguments)
+if __name__ == "__main__":
+    with workers.started(workers.MANY) as mapped:
+        queue.Queue.put = interrupted
+        mapped(os.getpgid, [os.getpid()] * 100)
+"""
+
+
 def own_pid(number: int) -> tuple[int, int]:
     return number, os.getpid()
 
@@ -61,3 +77,10 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
     parent.stdout.close()
     assert parent.wait(20) == status
     wait_for(lambda: not any(os.path.exists(f"/proc/{child}") for child in children), 20)
+
+
+def test_signal_while_images_are_handed_to_processes_ends_it(tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    assert subprocess.run([sys.executable, script], env=environment, timeout=20).returncode == 143

@@ -44,6 +44,8 @@ def started(images: int) -> Iterator[Map]:
                 yield stack.enter_context(ThreadPoolExecutor(cores)).map
             else:
                 processes = stack.enter_context(ProcessPoolExecutor(cores, spawned, _begin))
+                # What a signal left half handed out would be waited for without end.
+                stack.callback(processes.shutdown, cancel_futures=True)
                 yield partial(processes.map, chunksize=AT_ONCE)
     except BrokenProcessPool as error:
         raise PipelineError(
