@@ -202,6 +202,27 @@ def test_valid_row_is_the_same_for_all_calls_however_often_files_are_rewritten(t
     assert {row["model"] for row in rows_of(out).values()} == {names[1]}
 
 
+def test_rows_are_seen_when_all_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from defect_detection.inference import on_ray
+
+    place = on_ray.Place(str(tmp_path), {})
+    rows = pyarrow.table({"path": ["one.jpeg"]})
+
+    def full(table, file, **_):
+        Path(file).write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    with place.held():
+        place.write("verdicts-1.parquet", rows)
+        before = (tmp_path / "verdicts-1.parquet").read_bytes()
+        monkeypatch.setattr(parquet, "write_table", full)
+        for name in ("verdicts-1.parquet", "verdicts-2.parquet"):
+            with pytest.raises(PipelineError, match=f"{name}.* cannot be written .No space left"):
+                place.write(name, rows)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "verdicts-1.parquet"]
+    assert (tmp_path / "verdicts-1.parquet").read_bytes() == before
+
+
 def test_share_without_locks_is_written_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -213,6 +234,22 @@ def test_share_without_locks_is_written_with_a_warning(
     monkeypatch.setattr("fcntl.flock", no_locks)
     with on_ray.Place(str(tmp_path / "rows"), {}).held():
         assert "there are no locks here (No locks available)" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray uses its own old options
+def test_rows_that_a_worker_cannot_write(
+    addresses: tuple[str, str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from defect_detection.inference import on_ray
+    from defect_detection.inference.judge import NamedModel
+
+    images = draw_folders(tmp_path / "images", train=1, test=0)
+    out = tmp_path / "rows"  # is on this machine only
+    monkeypatch.setattr(on_ray.Place, "held", lambda place: contextlib.nullcontext())
+    with pytest.raises(PipelineError) as raised, cluster.connected(addresses[1]):
+        on_ray.judge_all([str(images)], NamedModel("a model", None), model_folder, str(out), {})
+    assert str(raised.value).startswith(f"{out} is not on ")
+    assert not out.exists()
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
 """Judges images on a Ray cluster: one LiteRT model on each core, rows into Parquet files.
 
-Each file is written when its images are judged, so that an interrupted run is resumed.
+Each file is written when its images are judged, so that an interrupted run is resumed. The process
+that judged them writes it: for a task that only writes, Ray would start a process each time, which
+takes as long as to judge a hundred images.
 """
 
 import logging
 import math
 import os
+import platform
 import posixpath
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,9 +24,9 @@ from urllib.parse import urlsplit
 import pyarrow
 import ray
 from pyarrow import fs, parquet
-from ray.data.datasource import FilenameProvider
 
 from defect_detection import PipelineError, cluster, locks
+from defect_detection.atomic import replace_atomically
 from defect_detection.inference.judge import CHUNK, Item, NamedModel, judge
 from defect_detection.inference.rows import Row
 from defect_detection.inference.sources import names_image, reason, unreadable, walk
@@ -84,8 +88,6 @@ class Place:
         """Turn errors of the block into a PipelineError that begins with the URI and `what`."""
         try:
             yield
-        except ray.exceptions.RayTaskError:  # may be an OSError too, of a task that judges
-            raise
         except (OSError, ValueError) as error:  # half a pair of keys is a ValueError
             raise PipelineError(f"{self.uri} {what} ({first_line(error)})") from error
 
@@ -139,6 +141,25 @@ class Place:
     def _below(self, path: str) -> str:
         return posixpath.relpath(path, self.path)
 
+    def write(self, name: str, rows: pyarrow.Table) -> None:
+        """Write a Parquet file, which others see when it is complete.
+
+        Raises:
+            PipelineError: it cannot be written, or this machine has another folder of this name.
+        """
+        file = posixpath.join(self.path, name)
+        with self.reached("cannot be written"):
+            if self.system is not None:  # a bucket shows nothing before
+                parquet.write_table(rows, file, filesystem=self.system)
+                return
+            if not os.path.exists(posixpath.join(self.path, LOCK)):
+                raise PipelineError(
+                    f"{self.uri} is not on {platform.node()} what it is on the machine that calls. "
+                    f"Share it between them"
+                )
+            with replace_atomically(Path(file)) as temporary:
+                parquet.write_table(rows, temporary)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Make a folder of this machine, and keep other calls from writing there in the block.
@@ -184,39 +205,37 @@ def _access(bucket: str, keys: Mapping[str, str]) -> dict[str, str | None]:
     return found | {"region": region or fs.resolve_s3_region(bucket)}
 
 
-class _Names(FilenameProvider):  # type: ignore[misc]
-    """Names of files by which those of this project are known; later calls have larger ones."""
-
-    def __init__(self) -> None:
-        self._begun = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"{PREFIX}{self._begun}-{write_uuid}-{task_index:06}.parquet"
-
-
 class Judging:
     """What a process of the cluster does: it judges images with a model of its own."""
 
     def __init__(
-        self, name: str, files: dict[str, bytes], systems: Mapping[str, fs.FileSystem | None]
+        self, model: str, files: dict[str, bytes], places: Sequence[Place], target: Place, call: str
     ):
         """Load a model.
 
         Args:
-            name: of the model in the rows.
+            model: its name in the rows.
             files: contents of its files.
-            systems: file systems of the folders, by their URIs.
+            places: of the images.
+            target: of the rows.
+            call: its name in the names of the files.
         """
         with tempfile.TemporaryDirectory() as folder:
             for path, content in files.items():
-                target = Path(folder) / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-            self._model = NamedModel.load(name, folder)
-        self._systems = systems
+                file = Path(folder) / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            self._model = NamedModel.load(model, folder)
+        self._systems = {place.uri: place.system for place in places}
+        self._target, self._call = target, call
 
     def __call__(self, images: pyarrow.Table) -> pyarrow.Table:
-        """Judge images by the URI of their folder, their path in bytes and their name."""
+        """Judge images by the URI of their folder, their path in bytes and their name.
+
+        Returns:
+            Why the rows could not be written, in no rows if they were. Of an exception, only Ray
+            Data's own message would reach the caller.
+        """
         rows = []
         columns = [images.column(name).to_pylist() for name in ("folder", "file", "path")]
         every = list(zip(*columns, strict=True))
@@ -225,7 +244,13 @@ class Judging:
                 Item(name, self._read(*where)) for *where, name in every[start : start + CHUNK]
             ]
             rows += [asdict(one.row) for one in judge(self._model, items)]
-        return pyarrow.Table.from_pylist(rows, SCHEMA)
+        name = f"{PREFIX}{self._call}-{uuid.uuid4().hex}.parquet"
+        failed = []
+        try:
+            self._target.write(name, pyarrow.Table.from_pylist(rows, SCHEMA))
+        except PipelineError as error:
+            failed.append(str(error))
+        return pyarrow.table({"failed": pyarrow.array(failed, pyarrow.string())})
 
     def _read(self, folder: str, path: bytes) -> bytes | Path | UnreadableImage:
         file = os.fsdecode(path)
@@ -280,8 +305,8 @@ def judge_all(
                 for file in folder.rglob("*")
                 if file.is_file()
             }
-            systems = {place.uri: place.system for place in places}
-            what = wanted, (model.name, contents, systems), target
+            call = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
+            what = wanted, (model.name, contents, places, target, call)
             if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
                 within = ray.remote(_run).options(num_cpus=0, max_retries=0)
                 ray.get(within.remote(*what))
@@ -294,34 +319,29 @@ def judge_all(
     return Counter(verdicts[name] for name in images)
 
 
-def _run(images: list[dict[str, str | bytes]], model: tuple[Any, ...], target: Place) -> None:
+def _run(images: list[dict[str, str | bytes]], judging: tuple[Any, ...]) -> None:
     """Judge images.
 
     Args:
         images: by URI of the folder, path in bytes and name.
-        model: the arguments of `Judging`.
-        target: of the rows.
+        judging: the arguments of `Judging`.
+
+    Raises:
+        PipelineError: rows cannot be written.
     """
     parts = math.ceil(len(images) / FILE_OF)
     workers = max(1, min(sum(cluster.cores()), parts))
     ray.data.DataContext.get_current().enable_progress_bars = False
     judged = ray.data.from_items(images, override_num_blocks=parts).map_batches(
         Judging,
-        fn_constructor_args=model,
+        fn_constructor_args=judging,
         batch_size=FILE_OF,
         batch_format="pyarrow",
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
-    # Writing takes no core of its own: all have a model.
-    with target.reached("cannot be written"):
-        judged.write_parquet(
-            target.path,
-            filesystem=target.opened,
-            filename_provider=_Names(),
-            ray_remote_args={"num_cpus": 0},
-            mode="append",
-        )
+    for one in judged.iter_rows():
+        raise PipelineError(one["failed"])
 
 
 @dataclass(frozen=True, order=True)
@@ -377,8 +397,6 @@ def _rewrite(target: Place, file: str, names: set[str]) -> None:
         rows = parquet.read_table(file, filesystem=target.opened)
         kept = rows.filter(pyarrow.array([name in names for name in rows["path"].to_pylist()]))
         if len(kept):
-            folder, name = posixpath.split(file)
-            parquet.write_table(kept, f"{folder}/.{name}", filesystem=target.opened)
-            target.opened.move(f"{folder}/.{name}", file)
+            target.write(posixpath.basename(file), kept)
         else:
             target.opened.delete_file(file)
