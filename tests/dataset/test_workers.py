@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,13 @@ if __name__ == "__main__":
 """
 
 
+def written(script: Path, content: str) -> dict:
+    """Write a script, and return how subprocess calls it."""
+    script.write_text(content)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return {"args": [sys.executable, script], "env": environment}
+
+
 def own_pid(number: int) -> tuple[int, int]:
     return number, os.getpid()
 
@@ -63,12 +71,8 @@ def test_process_that_is_killed_is_one_line():
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    parent = subprocess.Popen(
-        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    call = written(tmp_path / "parent.py", PARENT)
+    parent = subprocess.Popen(**call, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline()
     with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as file:
         children = file.read().split()
@@ -80,7 +84,5 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
 
 
 def test_signal_while_images_are_handed_to_processes_ends_it(tmp_path):
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    assert subprocess.run([sys.executable, script], env=environment, timeout=20).returncode == 143
+    call = written(tmp_path / "interrupted.py", INTERRUPTED)
+    assert subprocess.run(**call, timeout=20).returncode == 143
