@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -212,7 +213,8 @@ def test_rows_are_seen_when_all_are_written(tmp_path: Path, monkeypatch: pytest.
         Path(file).write_bytes(b"PAR1")
         raise OSError(28, "No space left on device")
 
-    with place.held():
+    with place.held("20261127"):
+        (tmp_path / ".verdicts-20261127-1.parquet.of-a-killed-worker").touch()
         place.write("verdicts-1.parquet", rows)
         before = (tmp_path / "verdicts-1.parquet").read_bytes()
         monkeypatch.setattr(parquet, "write_table", full)
@@ -221,6 +223,27 @@ def test_rows_are_seen_when_all_are_written(tmp_path: Path, monkeypatch: pytest.
                 place.write(name, rows)
     assert sorted(os.listdir(tmp_path)) == [".lock", "verdicts-1.parquet"]
     assert (tmp_path / "verdicts-1.parquet").read_bytes() == before
+
+
+def test_images_that_are_judged_again_replace_their_rows(model_folder: Path, tmp_path: Path):
+    """As after a worker died that had written them."""
+    from defect_detection.inference import on_ray
+
+    images, target = on_ray.Place(str(tmp_path), {}), on_ray.Place(str(tmp_path / "rows"), {})
+    files = sorted(map(str, draw_folders(tmp_path / "images", train=1, test=0).rglob("*.jpeg")))
+    rows = [{"folder": images.uri, "file": os.fsencode(file), "path": file} for file in files]
+    contents = {
+        str(file.relative_to(model_folder)): file.read_bytes()
+        for file in model_folder.rglob("*")
+        if file.is_file()
+    }
+    with target.held("1"):
+        for worker in range(2):
+            judging = on_ray.Judging(f"model {worker}", contents, [images], target, "1")
+            assert len(judging(pyarrow.Table.from_pylist(rows))) == 0
+    found = rows_of(tmp_path / "rows")
+    assert sorted(found) == files
+    assert {row["model"] for row in found.values()} == {"model 1"}
 
 
 def test_share_without_locks_is_written_with_a_warning(
@@ -232,7 +255,7 @@ def test_share_without_locks_is_written_with_a_warning(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with on_ray.Place(str(tmp_path / "rows"), {}).held():
+    with on_ray.Place(str(tmp_path / "rows"), {}).held("20261127"):
         assert "there are no locks here (No locks available)" in caplog.text
 
 
@@ -245,10 +268,10 @@ def test_rows_that_a_worker_cannot_write(
 
     images = draw_folders(tmp_path / "images", train=1, test=0)
     out = tmp_path / "rows"  # is on this machine only
-    monkeypatch.setattr(on_ray.Place, "held", lambda place: contextlib.nullcontext())
+    monkeypatch.setattr(on_ray.Place, "held", lambda place, call: contextlib.nullcontext())
     with pytest.raises(PipelineError) as raised, cluster.connected(addresses[1]):
         on_ray.judge_all([str(images)], NamedModel("a model", None), model_folder, str(out), {})
-    assert str(raised.value).startswith(f"{out} is not on ")
+    assert f"{platform.node()}: {out} is another folder there than on" in str(raised.value)
     assert not out.exists()
 
 
@@ -314,15 +337,28 @@ def table(said: str) -> list[str]:
 
 @pytest.mark.long
 def test_images_and_rows_in_a_bucket(
-    project: Project, address: str, model_folder: Path, tmp_path: Path, bucket
+    project: Project, address: str, model_folder: Path, tmp_path: Path, bucket, monkeypatch
 ):
+    from moto.moto_server import werkzeug_app
+
     keys, s3 = bucket
     images = draw_folders(tmp_path / "images", train=4, test=1)
     for file in images.rglob("*.jpeg"):
         s3.upload_file(str(file), "castings", f"line 3/{file.relative_to(images)}")
     call = ["src/inference.py", "--model", model_folder, "--ray", address]
     where = ["s3://castings/line 3", "--parquet", "s3://castings/rows"]
+    busy = iter(range(4))
+
+    def answer(app, environ, start_response):
+        if "verdicts-" in environ["PATH_INFO"] and next(busy, None) is not None:
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"]
+        return whole(app, environ, start_response)
+
+    whole = werkzeug_app.DomainDispatcherApplication.__call__
+    monkeypatch.setattr(werkzeug_app.DomainDispatcherApplication, "__call__", answer)
     said = project.succeed(*call, *where, **keys)
+    assert next(busy, None) is None
     assert "10 images have a row" in said
     assert "10 of 10 images have a row" in project.run(*call, *where, **keys).stderr
     # Ray writes the environment of its workers into logs that all users of a machine can read.

@@ -5,16 +5,16 @@ that judged them writes it: for a task that only writes, Ray would start a proce
 takes as long as to judge a hundred images.
 """
 
+import hashlib
 import logging
 import math
 import os
 import platform
 import posixpath
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,7 +35,8 @@ from defect_detection.runtime.preprocessing import MOST_BYTES, UnreadableImage
 
 log = logging.getLogger(__name__)
 
-FILE_OF = 256  # images, whose rows become a file
+FILE_OF = 256  # images at most, whose rows become a file
+RETRIES = 10  # of the workers, where a bucket does not answer: a minute and a half
 PREFIX = "verdicts-"  # of the names of the files; no others are touched
 LOCK = ".lock"
 SCHEMA = pyarrow.schema(
@@ -72,6 +73,7 @@ class Place:
         """
         self.uri = uri
         self.system: fs.FileSystem | None = None
+        self._access: dict[str, str | None] | None = None  # to a bucket
         scheme, separator, rest = uri.partition("://")
         if not separator:
             self.path = os.path.abspath(uri)
@@ -81,7 +83,18 @@ class Place:
             raise PipelineError(f"{uri} is no folder and no s3://bucket/prefix")
         self.path = f"{bucket}/{prefix}".rstrip("/")
         with self.reached("cannot be reached"):
-            self.system = fs.S3FileSystem(**_access(bucket, keys))
+            self._access = _access(bucket, keys)
+            self.system = fs.S3FileSystem(**self._access)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"system": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Reach a bucket from a worker: hours of work shall not end since it is busy for once."""
+        vars(self).update(state)
+        if self._access is not None:
+            patience = fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES)  # is not pickled
+            self.system = fs.S3FileSystem(**self._access, retry_strategy=patience)
 
     @contextmanager
     def reached(self, what: str) -> Iterator[None]:
@@ -145,27 +158,41 @@ class Place:
         """Write a Parquet file, which others see when it is complete.
 
         Raises:
-            PipelineError: it cannot be written, or this machine has another folder of this name.
+            PipelineError: it cannot be written.
         """
         file = posixpath.join(self.path, name)
         with self.reached("cannot be written"):
-            if self.system is not None:  # a bucket shows nothing before
+            if self.system is not None:  # others see no part of a file in a bucket
                 parquet.write_table(rows, file, filesystem=self.system)
                 return
-            if not os.path.exists(posixpath.join(self.path, LOCK)):
-                raise PipelineError(
-                    f"{self.uri} is not on {platform.node()} what it is on the machine that calls. "
-                    f"Share it between them"
-                )
             with replace_atomically(Path(file)) as temporary:
                 parquet.write_table(rows, temporary)
 
+    def require_same(self, call: str) -> None:
+        """Raise PipelineError unless this is the folder that the caller holds."""
+        if self.system is not None:
+            return
+        with self.reached("cannot be read"):
+            try:
+                os.stat(self._mark(call))
+            except FileNotFoundError:
+                raise PipelineError(
+                    f"{self.uri} is another folder there than on the machine that calls. Share "
+                    f"one between all machines"
+                ) from None
+
+    def _mark(self, call: str) -> Path:
+        return Path(self.path) / f".{PREFIX}{call}"
+
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, call: str) -> Iterator[None]:
         """Make a folder of this machine, and keep other calls from writing there in the block.
 
         A bucket has no locks and needs none: nobody sees a file there before it is complete, and
         which of several rows is valid is the same for all calls.
+
+        Args:
+            call: its name. A hidden file with it shows the workers that it is the same folder.
 
         Raises:
             PipelineError: another call writes there, or the folder cannot be made.
@@ -181,7 +208,16 @@ class Place:
                 free = stack.enter_context(lock)
             if not free:
                 raise PipelineError(f"Another call writes into {self.uri}. Wait until it has ended")
-            yield
+            mark = self._mark(call)
+            try:
+                with self.reached("cannot be written"):
+                    mark.touch()
+                yield
+            finally:
+                # Workers that were killed while they wrote leave files that begin with its name.
+                with suppress(OSError):
+                    for left in mark.parent.glob(f"{mark.name}*"):
+                        left.unlink(missing_ok=True)
 
 
 def _access(bucket: str, keys: Mapping[str, str]) -> dict[str, str | None]:
@@ -218,7 +254,7 @@ class Judging:
             files: contents of its files.
             places: of the images.
             target: of the rows.
-            call: its name in the names of the files.
+            call: its name, which stands in the names of the files.
         """
         with tempfile.TemporaryDirectory() as folder:
             for path, content in files.items():
@@ -233,8 +269,8 @@ class Judging:
         """Judge images by the URI of their folder, their path in bytes and their name.
 
         Returns:
-            Why the rows could not be written, in no rows if they were. Of an exception, only Ray
-            Data's own message would reach the caller.
+            No rows; if the images' rows cannot be written, one that says why: of an exception,
+            only Ray Data's own message would reach the caller.
         """
         rows = []
         columns = [images.column(name).to_pylist() for name in ("folder", "file", "path")]
@@ -244,12 +280,16 @@ class Judging:
                 Item(name, self._read(*where)) for *where, name in every[start : start + CHUNK]
             ]
             rows += [asdict(one.row) for one in judge(self._model, items)]
-        name = f"{PREFIX}{self._call}-{uuid.uuid4().hex}.parquet"
+        # After a worker died, Ray gives the same images to another, which replaces the file.
+        number = hashlib.sha256("\0".join(name for *_, name in every).encode()).hexdigest()[:32]
         failed = []
         try:
-            self._target.write(name, pyarrow.Table.from_pylist(rows, SCHEMA))
+            self._target.require_same(self._call)
+            self._target.write(
+                f"{PREFIX}{self._call}-{number}.parquet", pyarrow.Table.from_pylist(rows, SCHEMA)
+            )
         except PipelineError as error:
-            failed.append(str(error))
+            failed.append(f"{platform.node()}: {error}")
         return pyarrow.table({"failed": pyarrow.array(failed, pyarrow.string())})
 
     def _read(self, folder: str, path: bytes) -> bytes | Path | UnreadableImage:
@@ -294,7 +334,8 @@ def judge_all(
         for place in places
         for name, file in place.images().items()
     }
-    with target.held():
+    call = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
+    with target.held(call):
         known = _verdicts(target)
         wanted = [one for name, one in images.items() if known.get(name, "error") == "error"]
         if len(wanted) < len(images):
@@ -305,7 +346,6 @@ def judge_all(
                 for file in folder.rglob("*")
                 if file.is_file()
             }
-            call = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
             what = wanted, (model.name, contents, places, target, call)
             if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
                 within = ray.remote(_run).options(num_cpus=0, max_retries=0)
@@ -335,7 +375,7 @@ def _run(images: list[dict[str, str | bytes]], judging: tuple[Any, ...]) -> None
     judged = ray.data.from_items(images, override_num_blocks=parts).map_batches(
         Judging,
         fn_constructor_args=judging,
-        batch_size=FILE_OF,
+        batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
