@@ -232,11 +232,7 @@ def test_images_that_are_judged_again_replace_their_rows(model_folder: Path, tmp
     images, target = on_ray.Place(str(tmp_path), {}), on_ray.Place(str(tmp_path / "rows"), {})
     files = sorted(map(str, draw_folders(tmp_path / "images", train=1, test=0).rglob("*.jpeg")))
     rows = [{"folder": images.uri, "file": os.fsencode(file), "path": file} for file in files]
-    contents = {
-        str(file.relative_to(model_folder)): file.read_bytes()
-        for file in model_folder.rglob("*")
-        if file.is_file()
-    }
+    contents = on_ray.contents(model_folder)
     with target.held("1"):
         for worker in range(2):
             judging = on_ray.Judging(f"model {worker}", contents, [images], target, "1")

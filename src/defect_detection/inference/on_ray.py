@@ -87,13 +87,13 @@ class Place:
             self.system = fs.S3FileSystem(**self._access)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"system": None}
+        return vars(self) | {"system": None}  # would lose its retries
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Reach a bucket from a worker: hours of work shall not end since it is busy for once."""
+        """Reach a bucket again, with more patience: a busy one shall not end hours of work."""
         vars(self).update(state)
         if self._access is not None:
-            patience = fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES)  # is not pickled
+            patience = fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES)
             self.system = fs.S3FileSystem(**self._access, retry_strategy=patience)
 
     @contextmanager
@@ -281,12 +281,12 @@ class Judging:
             ]
             rows += [asdict(one.row) for one in judge(self._model, items)]
         # After a worker died, Ray gives the same images to another, which replaces the file.
-        number = hashlib.sha256("\0".join(name for *_, name in every).encode()).hexdigest()[:32]
+        digest = hashlib.sha256("\0".join(name for *_, name in every).encode()).hexdigest()[:32]
         failed = []
         try:
             self._target.require_same(self._call)
             self._target.write(
-                f"{PREFIX}{self._call}-{number}.parquet", pyarrow.Table.from_pylist(rows, SCHEMA)
+                f"{PREFIX}{self._call}-{digest}.parquet", pyarrow.Table.from_pylist(rows, SCHEMA)
             )
         except PipelineError as error:
             failed.append(f"{platform.node()}: {error}")
@@ -307,6 +307,12 @@ class Judging:
         if len(content) > MOST_BYTES:
             return UnreadableImage(f"is larger than {MOST_BYTES / 1e9:g} GB")
         return content
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of a folder's files by their paths within."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def judge_all(
@@ -334,19 +340,14 @@ def judge_all(
         for place in places
         for name, file in place.images().items()
     }
-    call = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")
+    call = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f")  # later ones are larger
     with target.held(call):
         known = _verdicts(target)
         wanted = [one for name, one in images.items() if known.get(name, "error") == "error"]
         if len(wanted) < len(images):
             log.info("%d of %d images have a row", len(images) - len(wanted), len(images))
         if wanted:
-            contents = {
-                str(file.relative_to(folder)): file.read_bytes()
-                for file in folder.rglob("*")
-                if file.is_file()
-            }
-            what = wanted, (model.name, contents, places, target, call)
+            what = wanted, (model.name, contents(folder), places, target, call)
             if ray.util.client.ray.is_connected():  # Ray Data runs within the cluster only
                 within = ray.remote(_run).options(num_cpus=0, max_retries=0)
                 ray.get(within.remote(*what))
